@@ -1,0 +1,51 @@
+"""Settings of the engine. What follows from the checkpoint is computed, never written back here."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def option(default: Any, help_text: str, **metadata: Any) -> Any:
+    """A dataclass field that is also a command line flag and a `BEZEL_*` variable."""
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How the engine loads and runs one model."""
+
+    model: str = "default"
+    dtype: str = option(
+        "auto",
+        "Number format of weights, activations and KV pages",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    device: str = option("auto", "Where the model runs", choices=("auto", "cpu", "cuda"))
+    max_model_len: int | None = option(
+        None,
+        "Longest prompt plus output in tokens [default: what the model and the KV memory allow]",
+    )
+    max_num_seqs: int = option(128, "Most sequences in one step")
+    max_num_queued_reqs: int = option(
+        1024, "Requests that may wait beyond the running ones; more get 429 with Retry-After"
+    )
+    max_num_batched_tokens: int = option(2048, "Token budget of one step, prefill chunks included")
+    long_prefill_token_threshold: int = option(
+        0, "Most prompt tokens one sequence computes in a step; 0 means the whole budget"
+    )
+    block_size: int = option(
+        16,
+        "Tokens in a local KV page; a global page holds four times as many",
+        choices=(8, 16, 32, 64),
+    )
+    kv_cache_memory_bytes: int | None = option(
+        None,
+        "Bytes for KV pages, e.g. 2G [default: a share of free memory]",
+        type="bytes",
+    )
+    gpu_memory_utilization: float = option(
+        0.92, "Share of a GPU's memory to use for weights and KV pages together"
+    )
+    enable_prefix_caching: bool = option(
+        True, "Accepted for compatibility: the prefix cache itself comes in a later version"
+    )
+    seed: int = option(0, "Seed of requests that bring none of their own")

@@ -1,0 +1,156 @@
+"""The engine: sequences in, tokens out, one step at a time. Synchronous and single-threaded.
+
+    Scheduler.schedule() → ScheduledStep → ModelRunner.run → Sampler → Scheduler.commit → StepOutput
+"""
+
+import time
+from collections.abc import Sequence as SequenceOf
+
+import torch
+
+from bezel.engine.checkpoint import Checkpoint, resolve_checkpoint
+from bezel.engine.config import EngineConfig
+from bezel.engine.errors import ConfigError
+from bezel.engine.messages import (
+    AddSequence,
+    EngineInfo,
+    FinishReason,
+    SequenceOutput,
+    StepOutput,
+    StepStats,
+)
+from bezel.engine.model_runner import ModelRunner
+from bezel.engine.page_pool import PagePool
+from bezel.engine.page_tables import PageTables
+from bezel.engine.sampler import Sampler
+from bezel.engine.sampling_params import SamplingParams
+from bezel.engine.scheduler import ScheduledStep, Scheduler
+from bezel.engine.sequence import Sequence
+
+
+class Engine:
+    """One model and everything it is serving.
+
+    Raises:
+        ConfigError: from the constructor, when the checkpoint or a setting can't work.
+    """
+
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint | None = None) -> None:
+        if config.max_num_batched_tokens < config.max_num_seqs:
+            raise ConfigError("--max-num-batched-tokens must not be less than --max-num-seqs")
+        self.config = config
+        self.checkpoint = checkpoint or resolve_checkpoint(config.model)
+        self.runner = ModelRunner(config, self.checkpoint)
+        self.pool = PagePool(self.runner.layout, self.runner.arena_bytes)
+        self.scheduler = Scheduler(config, self.pool)
+        self.sampler = Sampler(self.checkpoint.generation_config.get("suppress_tokens") or [])
+        self._eos_token_ids = eos_token_ids(self.checkpoint)
+        self._num_added = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        layout = self.runner.layout
+        return EngineInfo(
+            max_model_len=self.runner.max_model_len,
+            vocab_size=self.runner.model_config.vocab_size,
+            dtype=str(self.runner.dtype).removeprefix("torch."),
+            device=str(self.runner.device),
+            num_parameters=self.runner.num_parameters,
+            eos_token_ids=sorted(self._eos_token_ids),
+            kv_cache_bytes=self.pool.num_sectors * layout.sector_bytes,
+            local_pages_total=self.pool.total.local,
+            global_pages_total=self.pool.total.global_,
+            local_page_bytes=layout.local_page_bytes,
+            global_page_bytes=layout.global_page_bytes,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def add(self, request: AddSequence) -> None:
+        """Queue a sequence. The caller has checked that prompt and output fit `max_model_len`."""
+        params = request.params
+        assert request.prompt_ids, "an empty prompt has nothing to attend to"
+        assert len(request.prompt_ids) + params.max_tokens <= self.runner.max_model_len
+        eos = frozenset() if params.ignore_eos else self._eos_token_ids
+        self._num_added += 1
+        sequence = Sequence(
+            request_id=request.request_id,
+            token_ids=list(request.prompt_ids),
+            params=params,
+            # A request without a seed still gets one of its own, or equal prompts would get
+            # equal answers.
+            seed=params.seed if params.seed is not None else hash((self.config.seed, self._num_added)),
+            stop_token_ids=eos | frozenset(params.stop_token_ids),
+            pages=PageTables(self.runner.layout),
+        )
+        self.scheduler.add(sequence)
+
+    def finish(self, request_id: str, reason: FinishReason) -> None:
+        """End a sequence in any phase; nothing happens if it has already ended."""
+        self.scheduler.finish(request_id, reason)
+
+    @torch.inference_mode()
+    def step(self) -> StepOutput:
+        """Compute one step. Call only while `has_work`."""
+        started = time.perf_counter()
+        step = self.scheduler.schedule()
+        scheduled = time.perf_counter()
+        assert step.sequences, "there is work, but nothing could be scheduled"
+        token_ids = self.sampler.sample(self.runner.run(step), step.sampled)
+        sampled = self.scheduler.commit(step, token_ids)
+        outputs = [
+            SequenceOutput(
+                request_id=sequence.request_id,
+                token_ids=[token_id],
+                finish_reason=sequence.finish_reason,
+            )
+            for sequence, token_id in zip(sampled, token_ids, strict=True)
+        ]
+        stats = self._stats(step, time.perf_counter() - started, scheduled - started)
+        return StepOutput(outputs=outputs, stats=stats)
+
+    def generate(
+        self, prompts: SequenceOf[list[int]], params: SamplingParams | list[SamplingParams]
+    ) -> list[list[int]]:
+        """Run prompts (token ids) together to their end; the sampled ids of each."""
+        all_params = params if isinstance(params, list) else [params] * len(prompts)
+        for i, (prompt_ids, own) in enumerate(zip(prompts, all_params, strict=True)):
+            self.add(AddSequence(f"offline-{i}", list(prompt_ids), own))
+        tokens: dict[str, list[int]] = {f"offline-{i}": [] for i in range(len(prompts))}
+        while self.has_work:
+            for output in self.step().outputs:
+                tokens[output.request_id] += output.token_ids
+        return list(tokens.values())
+
+    def _stats(self, step: ScheduledStep, step_s: float, schedule_s: float) -> StepStats:
+        used = self.pool.used
+        num_prefill = sum(s.num_tokens for s in step.sequences if s.is_prefill)
+        return StepStats(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            local_pages_used=used.local,
+            global_pages_used=used.global_,
+            num_prefill_tokens=num_prefill,
+            num_decode_tokens=step.num_tokens - num_prefill,
+            num_preemptions=step.num_preemptions,
+            step_seconds=step_s,
+            schedule_seconds=schedule_s,
+        )
+
+
+def eos_token_ids(checkpoint: Checkpoint) -> frozenset[int]:
+    """Union of what config.json and generation_config.json call end of sequence.
+
+    Gemma 4's config.json lacks <|tool_response> (50), its generation_config.json has it.
+    """
+    found: set[int] = set()
+    for source in (
+        checkpoint.config,
+        checkpoint.config.get("text_config", {}),
+        checkpoint.generation_config,
+    ):
+        value = source.get("eos_token_id")
+        found.update(value if isinstance(value, list) else [] if value is None else [value])
+    return frozenset(found)

@@ -1,0 +1,22 @@
+"""Token embedding times a constant, and the output head that may share its weight."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class ScaledEmbedding(nn.Module):
+    """`scale · weight[ids]`, the scale rounded to the weight's dtype first, as Gemma was trained."""
+
+    def __init__(self, num_embeddings: int, dim: int, scale: float, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.scale = torch.tensor(scale, dtype=dtype, device="cpu").item()
+        self.weight = nn.Parameter(torch.empty(num_embeddings, dim, dtype=dtype))
+
+    def forward(self, token_ids_T: Tensor) -> Tensor:
+        return F.embedding(token_ids_T, self.weight) * self.scale
+
+
+def softcap(logits_NV: Tensor, cap: float | None) -> Tensor:
+    """`cap · tanh(logits / cap)`; nothing where a model has no cap."""
+    return logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap

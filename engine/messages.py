@@ -1,0 +1,89 @@
+"""What passes between the API process and the engine process: frozen structs of plain values."""
+
+from enum import StrEnum
+
+import msgspec
+from bezel.engine.sampling_params import SamplingParams
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended; every sequence ends in exactly one of them."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class AddSequence(msgspec.Struct, frozen=True, tag=True):
+    """Start generating after `prompt_ids`."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+
+
+class FinishSequence(msgspec.Struct, frozen=True, tag=True):
+    """End a sequence early: its client left (abort), or a stop string was seen (stop)."""
+
+    request_id: str
+    reason: FinishReason
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag=True):
+    """Leave the step loop and exit."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Sent once, when the engine can take sequences."""
+
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    device: str
+    num_parameters: int
+    eos_token_ids: list[int]
+    kv_cache_bytes: int
+    local_pages_total: int
+    global_pages_total: int
+    local_page_bytes: int
+    global_page_bytes: int
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """Sent instead of `EngineInfo` when the engine can't start; the message is for the user."""
+
+    message: str
+
+
+class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """New tokens of one sequence. The last one carries `finish_reason`."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None = None
+
+
+class StepStats(msgspec.Struct, frozen=True, kw_only=True):
+    """State of the engine after a step; all gauges and token counters come from here."""
+
+    num_running: int
+    num_waiting: int
+    local_pages_used: int
+    global_pages_used: int
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    num_preemptions: int
+    step_seconds: float
+    schedule_seconds: float
+
+
+class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Everything one engine step produced."""
+
+    outputs: list[SequenceOutput]
+    stats: StepStats
+
+
+ToEngine = AddSequence | FinishSequence | Shutdown
+FromEngine = EngineInfo | StartFailed | StepOutput

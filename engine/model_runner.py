@@ -1,0 +1,84 @@
+"""Owns the model and its KV arena, and runs one batch through them."""
+
+import logging
+import time
+from collections.abc import Iterable
+
+import torch
+from bezel.engine.batch import Batch
+from bezel.engine.checkpoint import Checkpoint, iterate_tensors, num_tensors
+from bezel.engine.config import EngineConfig
+from bezel.engine.errors import ConfigError
+from bezel.engine.kv_cache import KVCache
+from bezel.engine.kv_layout import KVLayout
+from bezel.engine.memory import arena_bytes, max_model_len
+from bezel.engine.model_config import ModelConfig
+from bezel.engine.models.registry import build_model
+from bezel.engine.scheduler import ScheduledStep
+from bezel.engine.weights import load_weights
+from torch import Tensor
+from tqdm import tqdm
+
+logger = logging.getLogger("bezel")
+
+
+class ModelRunner:
+    """A loaded model. `layout`, `arena_bytes` and `max_model_len` say what its cache can hold."""
+
+    def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
+        self.model_config = ModelConfig.from_hf(checkpoint.config)
+        self.device = choose_device(config.device)
+        self.dtype = choose_dtype(config.dtype, self.device)
+        started = time.monotonic()
+        self.model = build_model(self.model_config, self.dtype, self.device)
+        load_weights(self.model, _with_progress(checkpoint))
+        logger.info("loaded %s in %.1f s", checkpoint.name, time.monotonic() - started)
+        self.layout = KVLayout.for_model(self.model_config, self.dtype.itemsize, config.block_size)
+        positions = self.model_config.max_position_embeddings
+        num_bytes = arena_bytes(config, self.layout, positions, self.device)
+        self.max_model_len = max_model_len(config, self.layout, positions, num_bytes)
+        self.arena_bytes = num_bytes
+        self.kv_cache = KVCache(
+            self.model_config, self.layout, num_bytes, self.dtype, self.device
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def run(self, step: ScheduledStep) -> Tensor:
+        """Compute a step; logits_NV (float32) of its sampled sequences. Call in inference mode."""
+        batch = Batch.build(step, self.layout, self.device)
+        hidden_TD = self.model(batch, self.kv_cache)
+        logits_NV: Tensor = self.model.compute_logits(hidden_TD[batch.sampled_rows_N])
+        return logits_NV
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one. Raises ConfigError for a device that isn't there."""
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ConfigError("--device cuda: torch finds no usable GPU on this machine")
+    return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies it, float32 elsewhere."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    return torch.float32
+
+
+def _with_progress(checkpoint: Checkpoint) -> Iterable[tuple[str, Tensor]]:
+    """The checkpoint's tensors, behind a bar on a terminal."""
+    bar: Iterable[tuple[str, Tensor]] = tqdm(
+        iterate_tensors(checkpoint),
+        total=num_tensors(checkpoint),
+        desc="Loading weights",
+        unit="tensor",
+        disable=None,
+    )
+    return bar

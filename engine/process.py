@@ -1,0 +1,66 @@
+"""The engine process: takes messages between steps, sends what each step produced.
+
+JSON, HTTP and text stay in the API process, so they never take this process's interpreter lock.
+It ends when told to, or when its parent is gone.
+"""
+
+import logging
+import multiprocessing
+import signal
+
+import msgspec
+import zmq
+from bezel.engine.config import EngineConfig
+from bezel.engine.core import Engine
+from bezel.engine.errors import ConfigError
+from bezel.engine.messages import (
+    AddSequence,
+    FinishSequence,
+    FromEngine,
+    Shutdown,
+    StartFailed,
+    ToEngine,
+)
+
+IDLE_POLL_MS = 1000  # how soon a process without a parent notices
+
+
+def run_engine(config: EngineConfig, address: str) -> None:
+    """Entry point of the spawned process; talks over a ZeroMQ pair socket at `address`."""
+    # Ctrl-C reaches every process of a terminal; when to stop is the parent's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+        socket.set_hwm(0)
+        socket.connect(address)
+        try:
+            engine = Engine(config)
+        except ConfigError as error:
+            _send(socket, StartFailed(error.message))
+            return
+        _send(socket, engine.info)
+        _serve(engine, socket)
+
+
+def _serve(engine: Engine, socket: "zmq.Socket[bytes]") -> None:
+    parent = multiprocessing.parent_process()
+    decoder = msgspec.msgpack.Decoder(ToEngine)
+    while parent is None or parent.is_alive():
+        while socket.poll(0 if engine.has_work else IDLE_POLL_MS):
+            message = decoder.decode(socket.recv())
+            if isinstance(message, Shutdown):
+                return
+            _handle(engine, message)
+        if engine.has_work:
+            _send(socket, engine.step())
+
+
+def _handle(engine: Engine, message: AddSequence | FinishSequence) -> None:
+    if isinstance(message, AddSequence):
+        engine.add(message)
+    else:
+        engine.finish(message.request_id, message.reason)
+
+
+def _send(socket: "zmq.Socket[bytes]", message: FromEngine) -> None:
+    socket.send(msgspec.msgpack.encode(message))

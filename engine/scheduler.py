@@ -1,0 +1,190 @@
+"""Decides what the next step computes.
+
+One token budget a step: sequences that decode come first, then prompts under way, then waiting
+ones, first come first served. A prompt longer than what is left of the budget goes in chunks. When
+pages run out the sequence that came last gives up all of its own and waits to be recomputed.
+No tensors, no clock; the same calls on the same state give the same step.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from bezel.engine.config import EngineConfig
+from bezel.engine.kv_layout import PageCount
+from bezel.engine.messages import FinishReason
+from bezel.engine.page_pool import PagePool
+from bezel.engine.sequence import Sequence, SequenceStatus
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """Positions [start, start + num_tokens) of a sequence; `local_read_table` as before the step
+    if the chunk has several tokens (see `page_tables`)."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    local_read_table: list[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.num_tokens
+
+    @property
+    def is_prefill(self) -> bool:
+        """Prompt tokens, or tokens computed again after a preemption."""
+        return self.num_tokens > 1 or self.start < self.sequence.num_prompt_tokens
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the chunk reaches the sequence's last token, so that a new one is drawn."""
+        return self.end == self.sequence.num_tokens
+
+
+@dataclass(slots=True)
+class ScheduledStep:
+    """Work of one step: single tokens first, then chunks, in the order of `sequences`."""
+
+    sequences: list[ScheduledSequence] = field(default_factory=list)
+    num_preemptions: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(scheduled.num_tokens for scheduled in self.sequences)
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        return [s.sequence for s in self.sequences if s.is_sampled]
+
+
+class Scheduler:
+    """Owns the queues and the page pool. Every added sequence leaves by `finish` or `commit`."""
+
+    def __init__(self, config: EngineConfig, pool: PagePool) -> None:
+        self._max_num_seqs = config.max_num_seqs
+        self._token_budget = config.max_num_batched_tokens
+        self._max_chunk = config.long_prefill_token_threshold or self._token_budget
+        self.pool = pool
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # in order of arrival
+        self._by_id: dict[str, Sequence] = {}
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._by_id)
+
+    def add(self, sequence: Sequence) -> None:
+        assert sequence.request_id not in self._by_id, f"{sequence.request_id} was added twice"
+        self._by_id[sequence.request_id] = sequence
+        self.waiting.append(sequence)
+
+    def finish(self, request_id: str, reason: FinishReason) -> Sequence | None:
+        """End a sequence in whatever phase it is; None if it has already ended."""
+        sequence = self._by_id.get(request_id)
+        if sequence is None:
+            return None
+        if sequence.status is SequenceStatus.WAITING:
+            self.waiting.remove(sequence)
+        else:
+            self.running.remove(sequence)
+        self._end(sequence, reason)
+        return sequence
+
+    def schedule(self) -> ScheduledStep:
+        """Choose the next step's tokens and take the pages they need."""
+        step = ScheduledStep()
+        chosen: dict[str, ScheduledSequence] = {}
+        budget = self._token_budget
+        # A list first: preemption takes sequences out of `running` while this goes on.
+        for prefilling in (False, True):
+            for sequence in [s for s in self.running if s.is_prefilling is prefilling]:
+                if budget == 0:
+                    break
+                budget -= self._schedule_running(sequence, budget, step, chosen)
+        if not step.num_preemptions:
+            self._admit(budget, chosen)
+        step.sequences = sorted(chosen.values(), key=lambda scheduled: scheduled.num_tokens > 1)
+        return step
+
+    def commit(self, step: ScheduledStep, token_ids: list[int]) -> list[Sequence]:
+        """Book a computed step: `token_ids` are the draws for `step.sampled`, in that order.
+
+        Returns the sampled sequences; those that ended have their `finish_reason` set.
+        """
+        for scheduled in step.sequences:
+            scheduled.sequence.num_computed_tokens = scheduled.end
+            scheduled.sequence.pages.release_slid(self.pool)
+        sampled = step.sampled
+        for sequence, token_id in zip(sampled, token_ids, strict=True):
+            reason = sequence.append(token_id)
+            if reason is not None:
+                self.running.remove(sequence)
+                self._end(sequence, reason)
+        return sampled
+
+    def _schedule_running(
+        self,
+        sequence: Sequence,
+        budget: int,
+        step: ScheduledStep,
+        chosen: dict[str, ScheduledSequence],
+    ) -> int:
+        """Schedule the next chunk, preempting others for its pages; return the budget it took."""
+        returned = 0
+        while sequence.status is SequenceStatus.RUNNING:
+            scheduled = self._take_pages(sequence, budget)
+            if scheduled is not None:
+                chosen[sequence.request_id] = scheduled
+                return scheduled.num_tokens - returned
+            victim = self.running[-1]
+            undone = chosen.pop(victim.request_id, None)
+            returned += undone.num_tokens if undone else 0
+            self._preempt(victim)
+            step.num_preemptions += 1
+        return -returned
+
+    def _take_pages(self, sequence: Sequence, budget: int) -> ScheduledSequence | None:
+        start = sequence.num_computed_tokens
+        end = start + min(sequence.num_uncomputed_tokens, self._max_chunk, budget)
+        if not self.pool.can_allocate(sequence.pages.num_missing(start, end)):
+            return None
+        read_table = sequence.pages.extend(start, end, self.pool)
+        return ScheduledSequence(sequence, start, end - start, read_table)
+
+    def _admit(self, budget: int, chosen: dict[str, ScheduledSequence]) -> None:
+        """Start waiting sequences whose whole known text fits beside what is already promised."""
+        promised = self._promised()
+        while self.waiting and budget and len(self.running) < self._max_num_seqs:
+            sequence = self.waiting[0]
+            needed = self.pool.layout.peak_pages(sequence.num_tokens)
+            if not self.pool.can_allocate(promised + needed):
+                return
+            self.waiting.popleft()
+            self.running.append(sequence)
+            sequence.status = SequenceStatus.RUNNING
+            scheduled = self._take_pages(sequence, budget)
+            assert scheduled is not None
+            chosen[sequence.request_id] = scheduled
+            budget -= scheduled.num_tokens
+            promised += needed - sequence.pages.held
+
+    def _promised(self) -> PageCount:
+        """Pages that running sequences will still take for tokens they already have."""
+        promised = PageCount(0, 0)
+        for sequence in self.running:
+            missing = self.pool.layout.peak_pages(sequence.num_tokens) - sequence.pages.held
+            promised += PageCount(max(0, missing.local), max(0, missing.global_))
+        return promised
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        sequence.pages.release_all(self.pool)
+        sequence.num_computed_tokens = 0
+        sequence.status = SequenceStatus.WAITING
+        self.waiting.appendleft(sequence)
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        sequence.pages.release_all(self.pool)
+        sequence.status = SequenceStatus.FINISHED
+        sequence.finish_reason = reason
+        del self._by_id[sequence.request_id]

@@ -1,0 +1,100 @@
+"""Drawing tokens from logits.
+
+    keep the top_k largest logits; of those the fewest whose probabilities reach top_p;
+    of those the ones with at least min_p times the largest probability;
+    token = argmax over the kept of  logit / temperature + Gumbel(seed, position, token)
+
+The noise is a pure function of (seed, position, token id), so a draw doesn't depend on the other
+rows, on their number, or on what was drawn before. Temperature 0 takes the largest logit; top_k 0,
+top_p 1 and min_p 0 cut nothing.
+
+logits_SV float32; temperature, top_p, min_p float32; top_k, seed, position int64; all of length S.
+"""
+
+import torch
+from torch import Tensor
+
+MAX_PARTIAL_TOP_K = 1024  # above this a full sort of the row is no slower than a partial one
+
+# SplitMix64 (Steele, Lea, Flood 2014) for the key of a row, MurmurHash3's 32-bit finaliser
+# (Appleby 2011) for its 262,144 tokens, where 64-bit products would cost twice as much.
+# All as signed numbers: torch has no unsigned arithmetic.
+_GAMMA = 0x9E3779B97F4A7C15 - 2**64
+_MIX64 = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
+_MIX32 = ((16, 0x85EBCA6B - 2**32), (13, 0xC2B2AE35 - 2**32), (16, 1))
+_GOLDEN32 = 0x9E3779B1 - 2**32
+
+
+def sample(
+    logits_SV: Tensor,
+    temperature_S: Tensor,
+    top_k_S: Tensor,
+    top_p_S: Tensor,
+    min_p_S: Tensor,
+    seed_S: Tensor,
+    position_S: Tensor,
+) -> Tensor:
+    """Token ids (int64, S)."""
+    vocab_size = logits_SV.shape[1]
+    token_ids_S = logits_SV.argmax(-1)
+    is_random = temperature_S > 0
+    is_partial = (top_k_S > 0) & (top_k_S <= min(MAX_PARTIAL_TOP_K, vocab_size))
+    is_uncut = (top_k_S == 0) & (top_p_S == 1)
+    for rows in (
+        (is_random & is_partial).nonzero()[:, 0],
+        (is_random & is_uncut).nonzero()[:, 0],
+        (is_random & ~is_partial & ~is_uncut).nonzero()[:, 0],
+    ):
+        if len(rows) == 0:
+            continue
+        logits_SC = logits_SV[rows] / temperature_S[rows, None]
+        candidates_SC = torch.arange(vocab_size, device=logits_SV.device).expand(len(rows), -1)
+        if not is_uncut[rows[0]]:
+            width = int(top_k_S[rows].max()) if is_partial[rows[0]] else vocab_size
+            logits_SC, candidates_SC = logits_SC.topk(width, dim=-1)
+            logits_SC = _cut_top_k_top_p(logits_SC, top_k_S[rows], top_p_S[rows])
+        logits_SC = _cut_min_p(logits_SC, min_p_S[rows])
+        noise_SC = gumbel(seed_S[rows], position_S[rows], candidates_SC)
+        winners = (logits_SC + noise_SC).argmax(-1, keepdim=True)
+        token_ids_S[rows] = candidates_SC.gather(1, winners)[:, 0]
+    return token_ids_S
+
+
+def gumbel(seed_S: Tensor, position_S: Tensor, token_ids_SC: Tensor) -> Tensor:
+    """Standard Gumbel noise of each row's tokens: float32, S×C."""
+    key_S = _mix(_mix(seed_S * _GAMMA, _MIX64) + position_S * _GAMMA, _MIX64)
+    low_S, high_S = key_S.to(torch.int32), _shift_right(key_S, 32).to(torch.int32)
+    bits = _mix(token_ids_SC.to(torch.int32) * _GOLDEN32 + low_S[:, None], _MIX32)
+    bits = _mix(bits ^ high_S[:, None], _MIX32)
+    # 23 bits and a half: exact in float32, and never 0 or 1, where a logarithm would be infinite.
+    uniform = (_shift_right(bits, 9).float() + 0.5) * 2.0**-23
+    return -torch.log(-torch.log(uniform))
+
+
+def _cut_top_k_top_p(logits_SC: Tensor, top_k_S: Tensor, top_p_S: Tensor) -> Tensor:
+    """Logits in falling order, with −inf for what is cut."""
+    rank = torch.arange(logits_SC.shape[1], device=logits_SC.device)
+    cut_k = (rank >= top_k_S[:, None]) & (top_k_S[:, None] > 0)
+    logits_SC = logits_SC.masked_fill(cut_k, -torch.inf)
+    probabilities = logits_SC.softmax(-1)
+    mass_before = probabilities.cumsum(-1) - probabilities
+    # Rounding may bring the mass before a rare token to 1, and must not cut it at top_p = 1.
+    cut_p = (mass_before >= top_p_S[:, None]) & (top_p_S[:, None] < 1) & (rank > 0)
+    return logits_SC.masked_fill(cut_p, -torch.inf)
+
+
+def _cut_min_p(logits_SC: Tensor, min_p_S: Tensor) -> Tensor:
+    largest = logits_SC.amax(-1, keepdim=True)
+    return logits_SC.masked_fill(logits_SC < largest + min_p_S[:, None].log(), -torch.inf)
+
+
+def _mix(x: Tensor, rounds: tuple[tuple[int, int], ...]) -> Tensor:
+    for shift, factor in rounds:
+        x = (x ^ _shift_right(x, shift)) * factor
+    return x
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift; `>>` alone would drag the sign along."""
+    width = torch.iinfo(x.dtype).bits
+    return (x >> bits) & ((1 << (width - bits)) - 1)
