@@ -10,13 +10,18 @@ T tokens   S sequences   P entries of a page table   N tokens whose logits are w
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
+
 from bezel.engine.kv_layout import KVLayout
 from bezel.engine.scheduler import ScheduledSequence, ScheduledStep
 from bezel.kernels.kv_pages import NO_SLOT
-from torch import Tensor
+
+Ints = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +37,7 @@ class PageInputs:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Device inputs of a step. `cu_seqlens_q` and `seq_lens` are on the host too, for the chunks."""
+    """Device inputs of a step; offsets and lengths also stand on the host, for the chunks."""
 
     token_ids_T: Tensor
     positions_T: Tensor
@@ -57,19 +62,21 @@ class Batch:
     def build(cls, step: ScheduledStep, layout: KVLayout, device: torch.device) -> "Batch":
         """Lay out a scheduled step."""
         scheduled = step.sequences
-        cu_seqlens_q = np.cumsum([0, *(s.num_tokens for s in scheduled)])
+        cu_seqlens_q = np.cumsum([0, *(s.num_tokens for s in scheduled)]).tolist()
         seq_lens = [s.end for s in scheduled]
         token_ids = [t for s in scheduled for t in s.sequence.token_ids[s.start : s.end]]
-        sampled = [end - 1 for s, end in zip(scheduled, cu_seqlens_q[1:], strict=True) if s.is_sampled]
+        sampled = [
+            end - 1 for s, end in zip(scheduled, cu_seqlens_q[1:], strict=True) if s.is_sampled
+        ]
 
-        def to_device(values: list[int] | np.ndarray) -> Tensor:
+        def to_device(values: Any) -> Tensor:
             return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)
 
         return cls(
             token_ids_T=to_device(token_ids),
             positions_T=to_device(np.concatenate([_positions(s) for s in scheduled])),
             num_decodes=sum(s.num_tokens == 1 for s in scheduled),
-            cu_seqlens_q=cu_seqlens_q.tolist(),
+            cu_seqlens_q=cu_seqlens_q,
             seq_lens=seq_lens,
             seq_lens_S=to_device(seq_lens),
             local=PageInputs(
@@ -84,27 +91,28 @@ class Batch:
         )
 
 
-def _positions(scheduled: ScheduledSequence) -> np.ndarray:
+def _positions(scheduled: ScheduledSequence) -> Ints:
     return np.arange(scheduled.start, scheduled.end)
 
 
-def _local_slots(scheduled: ScheduledSequence, layout: KVLayout) -> np.ndarray:
+def _local_slots(scheduled: ScheduledSequence, layout: KVLayout) -> Ints:
     table = np.asarray(scheduled.sequence.pages.local_table)
     positions = _positions(scheduled)
     size = layout.local_page_size
-    slots = table[positions // size % layout.ring_size] * size + positions % size
+    slots: Ints = table[positions // size % layout.ring_size] * size + positions % size
     slots[positions < scheduled.end - layout.window + 1] = NO_SLOT
     return slots
 
 
-def _global_slots(scheduled: ScheduledSequence, layout: KVLayout) -> np.ndarray:
+def _global_slots(scheduled: ScheduledSequence, layout: KVLayout) -> Ints:
     table = np.asarray(scheduled.sequence.pages.global_table)
     positions = _positions(scheduled)
     size = layout.global_page_size
-    return table[positions // size] * size + positions % size
+    slots: Ints = table[positions // size] * size + positions % size
+    return slots
 
 
-def _global_tables(scheduled: list[ScheduledSequence]) -> np.ndarray:
+def _global_tables(scheduled: list[ScheduledSequence]) -> Ints:
     tables = [s.sequence.pages.global_table for s in scheduled]
     padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
     for row, table in zip(padded, tables, strict=True):

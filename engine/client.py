@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 import zmq
 import zmq.asyncio
+
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import ConfigError, EngineUnavailable, Overloaded
 from bezel.engine.messages import (

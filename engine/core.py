@@ -1,6 +1,6 @@
 """The engine: sequences in, tokens out, one step at a time. Synchronous and single-threaded.
 
-    Scheduler.schedule() → ScheduledStep → ModelRunner.run → Sampler → Scheduler.commit → StepOutput
+Scheduler.schedule() → ScheduledStep → ModelRunner.run → Sampler → Scheduler.commit → StepOutput
 """
 
 import time
@@ -81,7 +81,9 @@ class Engine:
             params=params,
             # A request without a seed still gets one of its own, or equal prompts would get
             # equal answers.
-            seed=params.seed if params.seed is not None else hash((self.config.seed, self._num_added)),
+            seed=params.seed
+            if params.seed is not None
+            else hash((self.config.seed, self._num_added)),
             stop_token_ids=eos | frozenset(params.stop_token_ids),
             pages=PageTables(self.runner.layout),
         )

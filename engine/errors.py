@@ -5,7 +5,7 @@
     │   └── PromptTooLong     the prompt leaves no room for an answer    → 400
     ├── Overloaded            the bounded queue is full                  → 429
     ├── EngineUnavailable     the engine process died or is restarting   → 503
-    └── ConfigError           a flag or the checkpoint is wrong          → start-up ends with one line
+    └── ConfigError           a flag or the checkpoint is wrong          → start-up ends
         └── CheckpointError   the checkpoint can't be found, read or used
 
 The HTTP layer turns them into status codes; nothing below it knows about HTTP.

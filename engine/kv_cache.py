@@ -12,9 +12,10 @@ P pages   B tokens per page   G kv heads   C values per key row   K values per v
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from bezel.engine.kv_layout import KVLayout
 from bezel.engine.model_config import AttentionConfig, ModelConfig
-from torch import Tensor
 
 
 class KVCache:

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import torch
+
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import ConfigError
 from bezel.engine.kv_layout import KVLayout

@@ -3,6 +3,7 @@
 from enum import StrEnum
 
 import msgspec
+
 from bezel.engine.sampling_params import SamplingParams
 
 

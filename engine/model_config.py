@@ -13,6 +13,14 @@ from bezel.engine.errors import CheckpointError
 GEMMA3_TYPES = ("gemma3_text", "gemma3")
 GEMMA4_TYPES = ("gemma4_text", "gemma4", "gemma4_unified_text", "gemma4_unified")
 
+# Where transformers' gemma4_unified assumes something else than its gemma4 does: it saves no
+# `hidden_size_per_layer_input` at all.
+UNIFIED_DEFAULTS = {
+    "sliding_window": 1024,
+    "max_position_embeddings": 262_144,
+    "hidden_size_per_layer_input": 0,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class RotaryConfig:
@@ -117,7 +125,7 @@ class ModelConfig:
             if model_type in GEMMA3_TYPES:
                 return _gemma3(text)
             if model_type in GEMMA4_TYPES:
-                return _gemma4(text)
+                return _gemma4(UNIFIED_DEFAULTS | text if "unified" in model_type else text)
         except KeyError as error:
             raise CheckpointError(f"config.json has no value for {error}") from error
         known = ", ".join((*GEMMA3_TYPES, *GEMMA4_TYPES))
@@ -130,12 +138,16 @@ def _gemma3(text: dict[str, Any]) -> ModelConfig:
     head_dim = text.get("head_dim", 256)
     scale = text.get("query_pre_attn_scalar", 256) ** -0.5
     rope = text.get("rope_parameters") or {}
-    local_rope = rope.get("sliding_attention", {"rope_theta": text.get("rope_local_base_freq", 1e4)})
+    local_rope = rope.get(
+        "sliding_attention", {"rope_theta": text.get("rope_local_base_freq", 1e4)}
+    )
     global_rope = rope.get(
         "full_attention",
         {"rope_theta": text.get("rope_theta", 1e6)} | (text.get("rope_scaling") or {}),
     )
-    shape = (text["num_attention_heads"], text["num_key_value_heads"], head_dim, scale)
+    # Gemma 3 4B's config.json leaves the head counts to transformers' defaults.
+    num_heads, num_kv_heads = text.get("num_attention_heads", 8), text.get("num_key_value_heads", 4)
+    shape = (num_heads, num_kv_heads, head_dim, scale)
     return ModelConfig(
         family="gemma3",
         vocab_size=text.get("vocab_size", 262_208),
@@ -161,7 +173,11 @@ def _gemma4(text: dict[str, Any]) -> ModelConfig:
     is_local[-1] = False  # the last layer is global whatever the list says, as in transformers
     num_heads, num_kv_heads = text["num_attention_heads"], text["num_key_value_heads"]
     local_dim = text.get("head_dim", 256)
-    global_dim = text.get("global_head_dim") or _per_layer_value(text, "head_dim") or 512
+    # transformers saves what differs between layers as `per_layer_config`, in place of the fields.
+    default_global_dim = local_dim if "per_layer_config" in text else 512
+    global_dim = (
+        text.get("global_head_dim") or _per_layer_value(text, "head_dim") or default_global_dim
+    )
     key_is_value = text.get("attention_k_eq_v", False)
     global_kv_heads = (
         text.get("num_global_key_value_heads")

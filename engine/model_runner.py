@@ -5,6 +5,9 @@ import time
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
+from tqdm import tqdm
+
 from bezel.engine.batch import Batch
 from bezel.engine.checkpoint import Checkpoint, iterate_tensors, num_tensors
 from bezel.engine.config import EngineConfig
@@ -16,8 +19,6 @@ from bezel.engine.model_config import ModelConfig
 from bezel.engine.models.registry import build_model
 from bezel.engine.scheduler import ScheduledStep
 from bezel.engine.weights import load_weights
-from torch import Tensor
-from tqdm import tqdm
 
 logger = logging.getLogger("bezel")
 
@@ -38,9 +39,7 @@ class ModelRunner:
         num_bytes = arena_bytes(config, self.layout, positions, self.device)
         self.max_model_len = max_model_len(config, self.layout, positions, num_bytes)
         self.arena_bytes = num_bytes
-        self.kv_cache = KVCache(
-            self.model_config, self.layout, num_bytes, self.dtype, self.device
-        )
+        self.kv_cache = KVCache(self.model_config, self.layout, num_bytes, self.dtype, self.device)
 
     @property
     def num_parameters(self) -> int:

@@ -39,7 +39,7 @@ class PageTables:
 
     def num_missing(self, start: int, end: int) -> PageCount:
         """Pages the pool must give before [start, end) can be computed."""
-        kept, incoming, dropped = self._slide(end)
+        _, incoming, dropped = self._slide(end)
         recycled = len(dropped) if end - start > 1 else 0
         num_global = self.layout.num_global_pages(end) - len(self.global_table)
         return PageCount(max(0, len(incoming) - recycled), num_global)

@@ -10,6 +10,7 @@ import signal
 
 import msgspec
 import zmq
+
 from bezel.engine.config import EngineConfig
 from bezel.engine.core import Engine
 from bezel.engine.errors import ConfigError

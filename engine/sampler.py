@@ -4,9 +4,10 @@ N sampled sequences   V vocabulary
 """
 
 import torch
+from torch import Tensor
+
 from bezel.engine.sequence import Sequence
 from bezel.kernels.sampling import sample
-from torch import Tensor
 
 
 class Sampler:

@@ -4,6 +4,7 @@ Defaults are neutral: the front end fills in the checkpoint's own sampling defau
 """
 
 import msgspec
+
 from bezel.engine.errors import InvalidRequest
 
 

@@ -10,9 +10,10 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from torch import Tensor, nn
+
 from bezel.engine.errors import CheckpointError
 from bezel.engine.models.decoder import Decoder
-from torch import Tensor, nn
 
 logger = logging.getLogger("bezel")
 
@@ -64,7 +65,9 @@ def load_weights(model: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
         name = text_name(checkpoint_name)
         _fill(model, name, model.convert(name, tensor), audit)
     if problems := audit.problems():
-        raise CheckpointError("the checkpoint doesn't fit the model; tensors " + "; ".join(problems))
+        raise CheckpointError(
+            "the checkpoint doesn't fit the model; tensors " + "; ".join(problems)
+        )
     for modality, count in audit.not_loaded.items():
         logger.warning("%s: %d tensors not loaded, text only so far", modality.rstrip("."), count)
 
@@ -90,11 +93,11 @@ def _fill(model: Decoder, name: str, tensor: Tensor, audit: _Audit) -> None:
         audit.unknown.append(name)
         return
     target = model.get_parameter(target_name).data[rows]
+    audit.unfilled[target_name] -= target.numel()
     if target.shape != tensor.shape:
         audit.misshapen.append(f"{name} {tuple(tensor.shape)}, expected {tuple(target.shape)}")
         return
     target.copy_(tensor)
-    audit.unfilled[target_name] -= tensor.numel()
 
 
 def _target(model: nn.Module, name: str) -> tuple[str, slice]:

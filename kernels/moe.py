@@ -28,7 +28,7 @@ def experts(
 ) -> Tensor:
     """Weighted sum of the chosen experts, added up in order of expert id."""
     out_TD = torch.zeros_like(x_TD)
-    for expert in chosen_TA.unique().tolist():
+    for expert in torch.unique(chosen_TA).tolist():
         tokens, slot = (chosen_TA == expert).nonzero(as_tuple=True)
         hidden = gelu_mul(F.linear(x_TD[tokens], gate_up_EFD[expert]))
         y = F.linear(hidden, down_EDF[expert]) * weights_TA[tokens, slot, None]

@@ -80,17 +80,18 @@ def _slots(first: int, end: int, page_table_P: Tensor, page_size: int) -> Tensor
 
 
 def _causal_attention(
-    q_TGC: Tensor, k_LGC: Tensor, v_LGK: Tensor, num_past: int, scale: float, window: int | None
+    q_THC: Tensor, k_LGC: Tensor, v_LGK: Tensor, num_past: int, scale: float, window: int | None
 ) -> Tensor:
     """Query t stands at key index `num_past + t`. Blocks of queries, keys cut to what they see."""
     out = []
     k_GLC, v_GLK = k_LGC.transpose(0, 1), v_LGK.transpose(0, 1)
-    for block, q_BHC in enumerate(q_TGC.split(QUERY_BLOCK)):
-        first_query = num_past + block * QUERY_BLOCK
+    for row in range(0, len(q_THC), QUERY_BLOCK):
+        q_BHC = q_THC[row : row + QUERY_BLOCK]
+        first_query = num_past + row
         end = first_query + len(q_BHC)
         begin = 0 if window is None else max(0, first_query - window + 1)
-        queries = torch.arange(first_query, end, device=q_TGC.device)[:, None]
-        keys = torch.arange(begin, end, device=q_TGC.device)
+        queries = torch.arange(first_query, end, device=q_THC.device)[:, None]
+        keys = torch.arange(begin, end, device=q_THC.device)
         mask = keys <= queries
         if window is not None:
             mask &= keys > queries - window

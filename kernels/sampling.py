@@ -37,21 +37,18 @@ def sample(
     """Token ids (int64, S)."""
     vocab_size = logits_SV.shape[1]
     token_ids_S = logits_SV.argmax(-1)
-    is_random = temperature_S > 0
-    is_partial = (top_k_S > 0) & (top_k_S <= min(MAX_PARTIAL_TOP_K, vocab_size))
-    is_uncut = (top_k_S == 0) & (top_p_S == 1)
-    for rows in (
-        (is_random & is_partial).nonzero()[:, 0],
-        (is_random & is_uncut).nonzero()[:, 0],
-        (is_random & ~is_partial & ~is_uncut).nonzero()[:, 0],
-    ):
-        if len(rows) == 0:
-            continue
+    is_random_S = temperature_S > 0
+    is_partial_S = (top_k_S > 0) & (top_k_S <= min(MAX_PARTIAL_TOP_K, vocab_size))
+    is_uncut_S = (top_k_S == 0) & (top_p_S == 1)
+    # Which of several equal logits `topk` takes depends on how many it is asked for, so that number
+    # is a row's own, never the largest of the batch.
+    num_sorted_S = torch.where(is_partial_S, top_k_S, vocab_size).masked_fill(is_uncut_S, 0)
+    for num_sorted in torch.unique(num_sorted_S[is_random_S]).tolist():
+        rows = (is_random_S & (num_sorted_S == num_sorted)).nonzero()[:, 0]
         logits_SC = logits_SV[rows] / temperature_S[rows, None]
         candidates_SC = torch.arange(vocab_size, device=logits_SV.device).expand(len(rows), -1)
-        if not is_uncut[rows[0]]:
-            width = int(top_k_S[rows].max()) if is_partial[rows[0]] else vocab_size
-            logits_SC, candidates_SC = logits_SC.topk(width, dim=-1)
+        if num_sorted:
+            logits_SC, candidates_SC = logits_SC.topk(num_sorted, dim=-1)
             logits_SC = _cut_top_k_top_p(logits_SC, top_k_S[rows], top_p_S[rows])
         logits_SC = _cut_min_p(logits_SC, min_p_S[rows])
         noise_SC = gumbel(seed_S[rows], position_S[rows], candidates_SC)

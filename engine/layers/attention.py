@@ -7,6 +7,8 @@ J turned RoPE pairs   C values of a stored key row
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor, nn
+
 from bezel.engine.batch import Batch
 from bezel.engine.kv_cache import KVCache
 from bezel.engine.layers.norm import RMSNorm
@@ -16,7 +18,6 @@ from bezel.kernels.kv_pages import write_kv
 from bezel.kernels.prefill_attention import global_prefill_attention, local_prefill_attention
 from bezel.kernels.rms_norm import rms_norm
 from bezel.kernels.rotary import apply_rotary, turned_pairs
-from torch import Tensor, nn
 
 CosSin = tuple[Tensor, Tensor]
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 
 class ScaledEmbedding(nn.Module):
-    """`scale · weight[ids]`, the scale rounded to the weight's dtype first, as Gemma was trained."""
+    """`scale · weight[ids]`, the scale rounded to the weight's dtype, as Gemma was trained."""
 
     def __init__(self, num_embeddings: int, dim: int, scale: float, dtype: torch.dtype) -> None:
         super().__init__()

@@ -1,12 +1,13 @@
 """Gemma's gated MLP: down(gelu_tanh(gate(x)) · up(x)), gate and up as one product."""
 
 import torch
-from bezel.kernels.gelu_mul import gelu_mul
 from torch import Tensor, nn
+
+from bezel.kernels.gelu_mul import gelu_mul
 
 
 class GatedMLP(nn.Module):
-    """D → F → D. `fused` tells the loader which rows of `gate_up_proj` a checkpoint tensor fills."""
+    """D → F → D. `fused` tells the loader which rows of `gate_up_proj` a tensor fills."""
 
     def __init__(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> None:
         super().__init__()

@@ -4,10 +4,11 @@ T tokens   D model width   E experts   F expert width
 """
 
 import torch
+from torch import Tensor, nn
+
 from bezel.engine.model_config import MoEConfig
 from bezel.kernels.moe import experts, route
 from bezel.kernels.rms_norm import rms_norm
-from torch import Tensor, nn
 
 
 class Router(nn.Module):

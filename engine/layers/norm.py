@@ -1,8 +1,9 @@
 """RMSNorm with its weight kept in float32 whatever the model's dtype."""
 
 import torch
-from bezel.kernels.rms_norm import rms_norm
 from torch import Tensor, nn
+
+from bezel.kernels.rms_norm import rms_norm
 
 
 class RMSNorm(nn.Module):

@@ -5,6 +5,9 @@ gate/up fused. T tokens   D model width   V vocabulary   N rows whose logits are
 """
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from bezel.engine.batch import Batch
 from bezel.engine.kv_cache import KVCache
 from bezel.engine.layers.attention import AttentionContext
@@ -12,8 +15,6 @@ from bezel.engine.layers.embedding import ScaledEmbedding, softcap
 from bezel.engine.layers.norm import RMSNorm
 from bezel.engine.model_config import ModelConfig, RotaryConfig
 from bezel.kernels.rotary import rotary_frequencies, rotary_table
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class Decoder(nn.Module):
@@ -39,7 +40,9 @@ class Decoder(nn.Module):
         return AttentionContext(
             batch,
             kv_cache,
-            local_rotary=_table(batch.positions_T, self.config.local.rotary, self.config.local.head_dim),
+            local_rotary=_table(
+                batch.positions_T, self.config.local.rotary, self.config.local.head_dim
+            ),
             global_rotary=_table(
                 batch.positions_T, self.config.global_.rotary, self.config.global_.head_dim
             ),
@@ -62,7 +65,5 @@ class Decoder(nn.Module):
 
 
 def _table(positions_T: Tensor, rotary: RotaryConfig, head_dim: int) -> tuple[Tensor, Tensor]:
-    frequencies = rotary_frequencies(
-        rotary.theta, head_dim, rotary.num_frequencies, rotary.factor
-    )
+    frequencies = rotary_frequencies(rotary.theta, head_dim, rotary.num_frequencies, rotary.factor)
     return rotary_table(positions_T, frequencies.to(positions_T.device))

@@ -1,6 +1,8 @@
 """Gemma 3 text decoder: five local layers to one global, norms around both halves of a layer."""
 
 import torch
+from torch import Tensor, nn
+
 from bezel.engine.batch import Batch
 from bezel.engine.kv_cache import KVCache
 from bezel.engine.layers.attention import Attention, AttentionContext
@@ -8,7 +10,6 @@ from bezel.engine.layers.mlp import GatedMLP
 from bezel.engine.layers.norm import RMSNorm
 from bezel.engine.model_config import LayerConfig, ModelConfig
 from bezel.engine.models.decoder import Decoder
-from torch import Tensor, nn
 
 
 class Gemma3Layer(nn.Module):

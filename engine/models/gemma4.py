@@ -5,6 +5,9 @@ T tokens   D model width   L layers   E per-layer embedding width
 """
 
 import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from bezel.engine.batch import Batch
 from bezel.engine.kv_cache import KVCache
 from bezel.engine.layers.attention import Attention, AttentionContext
@@ -14,8 +17,6 @@ from bezel.engine.layers.moe import Experts, Router
 from bezel.engine.layers.norm import RMSNorm
 from bezel.engine.model_config import LayerConfig, ModelConfig
 from bezel.engine.models.decoder import Decoder
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 
 class Gemma4Layer(nn.Module):
@@ -54,7 +55,8 @@ class Gemma4Layer(nn.Module):
             gate_TE = F.gelu(self.per_layer_input_gate(x_TD), approximate="tanh")
             projected = self.per_layer_projection(gate_TE * per_layer_TE)
             x_TD = x_TD + self.post_per_layer_input_norm(projected)
-        return x_TD * self.layer_scalar
+        out_TD: Tensor = x_TD * self.layer_scalar
+        return out_TD
 
     def _feed_forward(self, x_TD: Tensor) -> Tensor:
         dense_TD: Tensor = self.mlp(self.pre_feedforward_layernorm(x_TD))
@@ -64,7 +66,8 @@ class Gemma4Layer(nn.Module):
         chosen, weights = self.router(x_TD)
         routed_TD = self.experts(self.pre_feedforward_layernorm_2(x_TD), chosen, weights)
         dense_TD = self.post_feedforward_layernorm_1(dense_TD)
-        return dense_TD + self.post_feedforward_layernorm_2(routed_TD)
+        mixed_TD: Tensor = dense_TD + self.post_feedforward_layernorm_2(routed_TD)
+        return mixed_TD
 
 
 class Gemma4Decoder(Decoder):

@@ -1,6 +1,7 @@
 """From a model's shape to its code."""
 
 import torch
+
 from bezel.engine.model_config import ModelConfig
 from bezel.engine.models.decoder import Decoder
 from bezel.engine.models.gemma3 import Gemma3Decoder

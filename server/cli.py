@@ -1,0 +1,87 @@
+"""The command `bezel`: argv and environment → `ServerConfig` → `serve`.
+
+The only reader of `os.environ`. A mistake of the user ends in one line on stderr and exit
+code 2, never in a traceback. What is slow to import is imported by the command that needs
+it, so that `--help` answers at once.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from bezel.engine.config import EngineConfig
+from bezel.engine.errors import BezelError, ConfigError
+from bezel.server.config import ServerConfig
+from bezel.server.options import add_flags, from_environment, options_of
+from bezel.server.version import VERSION
+
+_MODEL_VARIABLE = "BEZEL_MODEL"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; flags that aren't given leave no trace in the namespace."""
+    parser = _Parser(prog="bezel", description="Serve Gemma models behind OpenAI's HTTP API.")
+    parser.add_argument("--version", action="version", version=VERSION)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    serve = commands.add_parser(
+        "serve",
+        help="load a model and serve it",
+        description="Load a model and serve it over HTTP.",
+        epilog="Every flag is also a variable: --max-model-len is BEZEL_MAX_MODEL_LEN.",
+        allow_abbrev=False,
+    )
+    serve.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        default=argparse.SUPPRESS,
+        help="Hugging Face id, directory or .gguf file [default: the embedded Gemma 3 270M]",
+    )
+    add_flags(serve, "server", options_of(ServerConfig))
+    add_flags(serve, "engine", options_of(EngineConfig))
+    return parser
+
+
+def parse_config(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfig:
+    """Merge flags over variables over defaults.
+
+    Raises:
+        ConfigError: a variable can't be read, or a value is out of range.
+    """
+    server = from_environment(options_of(ServerConfig), environ)
+    engine = from_environment(options_of(EngineConfig), environ)
+    if _MODEL_VARIABLE in environ:
+        engine["model"] = environ[_MODEL_VARIABLE]
+    server |= _given(arguments, [option.name for option in options_of(ServerConfig)])
+    engine |= _given(arguments, ["model", *(option.name for option in options_of(EngineConfig))])
+    return ServerConfig(engine=EngineConfig(**engine), **server)
+
+
+def _given(arguments: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    given = {name: arguments[name] for name in names if name in arguments}
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in given.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        arguments = build_parser().parse_args(argv)
+        config = parse_config(vars(arguments), os.environ)
+        from bezel.server.serve import serve
+
+        serve(config)
+    except BezelError as error:
+        print(f"bezel: error: {error.message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

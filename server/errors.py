@@ -1,0 +1,149 @@
+"""From an exception to OpenAI's error object: one table for every status.
+
+    {"error": {"message": …, "type": …, "param": …, "code": …}}
+
+Used for whole responses and for error events inside a stream alike. Exceptions that aren't
+in the table are ours: they are logged with their traceback and told as a bare 500.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from bezel.engine.errors import BezelError, EngineUnavailable, InvalidRequest, Overloaded
+
+logger = logging.getLogger("bezel")
+
+# A restart or the end of loading takes about this long; clients may ask again then.
+_UNAVAILABLE_RETRY_AFTER_S = 5
+
+
+class ModelNotFound(InvalidRequest):
+    """The request names a model that isn't served here."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"The model {name!r} is not served here.", "model", "model_not_found")
+
+
+class GenerationFailed(BezelError):
+    """The engine gave up on a sequence."""
+
+
+class ClientDisconnected(Exception):
+    """Nobody is there to read the answer; what was running for it has been aborted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A status and the fields of OpenAI's error object."""
+
+    status: int
+    type: str
+    code: str | None
+    message: str
+    param: str | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def as_object(self) -> dict[str, Any]:
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.type,
+                "param": self.param,
+                "code": self.code,
+            }
+        }
+
+
+_BY_CLASS: dict[type[BezelError], tuple[int, str, str | None]] = {
+    ModelNotFound: (404, "invalid_request_error", "model_not_found"),
+    InvalidRequest: (400, "invalid_request_error", None),
+    Overloaded: (429, "rate_limit_error", "slow_down"),
+    EngineUnavailable: (503, "server_error", "server_is_overloaded"),
+    GenerationFailed: (500, "server_error", "generation_failed"),
+}
+_BY_STATUS: dict[int, str] = {
+    400: "invalid_request",
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+}
+
+
+def problem_of(error: Exception) -> Problem:
+    """Tell any exception in the client's terms; logs those that nobody foresaw."""
+    if isinstance(error, RequestValidationError):
+        return _validation_problem(error)
+    if isinstance(error, HTTPException):
+        code = _BY_STATUS.get(error.status_code)
+        headers = error.headers or {}
+        return Problem(
+            error.status_code, "invalid_request_error", code, error.detail, headers=headers
+        )
+    for cls in type(error).__mro__:
+        if isinstance(error, BezelError) and cls in _BY_CLASS:
+            return _bezel_problem(error, *_BY_CLASS[cls])
+    logger.error("unexpected error while serving a request", exc_info=error)
+    return Problem(500, "server_error", "internal_error", "The server made a mistake.")
+
+
+def _bezel_problem(error: BezelError, status: int, type_: str, code: str | None) -> Problem:
+    if isinstance(error, InvalidRequest):
+        return Problem(status, type_, error.code or code, error.message, error.param)
+    headers = {}
+    if isinstance(error, Overloaded):
+        headers["Retry-After"] = str(error.retry_after_s)
+    elif isinstance(error, EngineUnavailable):
+        headers["Retry-After"] = str(_UNAVAILABLE_RETRY_AFTER_S)
+    return Problem(status, type_, code, error.message, headers=headers)
+
+
+def _validation_problem(error: RequestValidationError) -> Problem:
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        message = f"The body is not valid JSON: {first['ctx']['error']}."
+        return Problem(400, "invalid_request_error", None, message)
+    path = first["loc"][1:]
+    if not path:
+        message = "The body must be a JSON object, sent as application/json."
+        return Problem(400, "invalid_request_error", None, message)
+    # Deeper parts of a path are the reader's own only in messages; elsewhere they may name
+    # alternatives of a type.
+    param = _join_path(path) if path[0] == "messages" else str(path[0])
+    message = f"{param}: {first['msg'].removeprefix('Value error, ')}."
+    return Problem(400, "invalid_request_error", None, message, param)
+
+
+def _join_path(path: tuple[str | int, ...]) -> str:
+    """("messages", 0, "role") → "messages[0].role"."""
+    parts = (f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
+    return "".join(parts).removeprefix(".")
+
+
+def json_response(
+    content: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """A response with a JSON body."""
+    return Response(msgspec.json.encode(content), status, headers, "application/json")
+
+
+def error_response(error: Exception) -> Response:
+    """The whole response that tells the client of an error."""
+    problem = problem_of(error)
+    return json_response(problem.as_object(), problem.status, problem.headers)
+
+
+async def handle_error(request: Request, error: Exception) -> Response:
+    """The exception handler of every route."""
+    if isinstance(error, ClientDisconnected):
+        # Nobody reads it; the status is for the metrics, as nginx has it.
+        return Response(status_code=499)
+    return error_response(error)

@@ -1,0 +1,169 @@
+"""The engine in a process of its own: it streams, aborts, dies, and comes back."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bezel.engine.client import EngineClient
+from bezel.engine.config import EngineConfig
+from bezel.engine.core import Engine
+from bezel.engine.errors import ConfigError, EngineUnavailable, Overloaded
+from bezel.engine.messages import FinishReason, SequenceOutput, StepStats
+from bezel.engine.sampling_params import SamplingParams
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
+ENDLESS = SamplingParams(max_tokens=4000, temperature=0.0)
+TIMEOUT_S = 60
+
+
+def config(path: Path, **settings: Any) -> EngineConfig:
+    return EngineConfig(
+        model=str(path), dtype="float32", device="cpu", kv_cache_memory_bytes=32 << 20, **settings
+    )
+
+
+@asynccontextmanager
+async def running(
+    path: Path, stats: list[StepStats], **settings: Any
+) -> AsyncIterator[EngineClient]:
+    client = EngineClient(config(path, **settings), stats.append)
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            await client.start()
+            yield client
+    finally:
+        await client.shutdown()
+
+
+def scenario(
+    test: Callable[[EngineClient, list[StepStats]], Awaitable[None]], path: Path, **settings: Any
+) -> None:
+    async def run() -> None:
+        stats: list[StepStats] = []
+        async with running(path, stats, **settings) as client:
+            await test(client, stats)
+
+    asyncio.run(run())
+
+
+async def collect(
+    client: EngineClient, name: str, prompt: list[int], params: SamplingParams
+) -> list[SequenceOutput]:
+    return [output async for output in client.generate(name, prompt, params)]
+
+
+def process_id(client: EngineClient) -> int:
+    assert client._process is not None and client._process.pid is not None
+    return client._process.pid
+
+
+async def idle(client: EngineClient, stats: list[StepStats], prompt: list[int]) -> StepStats:
+    """The engine's state once everything sent so far has been dealt with."""
+    await collect(client, "probe", prompt, SamplingParams(max_tokens=1, temperature=0.0))
+    return stats[-1]
+
+
+def test_the_same_tokens_as_in_process(small_checkpoint: Path) -> None:
+    prompts = [[5, 6, 7], list(range(3, 90)), [9] * 40]
+    expected = Engine(config(small_checkpoint)).generate(prompts, GREEDY)
+
+    async def test(client: EngineClient, stats: list[StepStats]) -> None:
+        answers = await asyncio.gather(
+            *(collect(client, f"r{i}", prompt, GREEDY) for i, prompt in enumerate(prompts))
+        )
+        assert [[t for o in answer for t in o.token_ids] for answer in answers] == expected
+        for answer in answers:
+            reasons = [output.finish_reason for output in answer]
+            assert reasons == [None] * (len(reasons) - 1) + [FinishReason.LENGTH]
+        assert client.info.max_model_len == 4096
+        last = await idle(client, stats, [3])
+        assert (last.num_running, last.num_waiting, last.local_pages_used) == (0, 0, 0)
+
+    scenario(test, small_checkpoint)
+
+
+def test_closing_a_generator_aborts_running_and_waiting_sequences(small_checkpoint: Path) -> None:
+    async def test(client: EngineClient, stats: list[StepStats]) -> None:
+        streams = [client.generate(f"r{i}", [3, 4], ENDLESS) for i in range(3)]
+        await anext(streams[0])  # max_num_seqs is 1: the other two wait
+        waiting = [asyncio.ensure_future(anext(stream)) for stream in streams[1:]]
+        while stats[-1].num_waiting < 2:
+            await anext(streams[0])
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        await streams[0].aclose()
+        last = await idle(client, stats, [3])
+        assert (last.num_running, last.num_waiting) == (0, 0)
+        assert (last.local_pages_used, last.global_pages_used) == (0, 0)
+
+    scenario(test, small_checkpoint, max_num_seqs=1)
+
+
+def test_more_than_the_queue_holds_is_refused_at_once(small_checkpoint: Path) -> None:
+    async def test(client: EngineClient, stats: list[StepStats]) -> None:
+        first, second = (client.generate(name, [3], ENDLESS) for name in "ab")
+        await anext(first)
+        pending = asyncio.ensure_future(anext(second))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded) as refusal:
+            await anext(client.generate("c", [3], ENDLESS))
+        assert refusal.value.retry_after_s >= 1
+        await first.aclose()
+        assert (await pending).token_ids
+        await second.aclose()
+
+    scenario(test, small_checkpoint, max_num_seqs=1, max_num_queued_reqs=1)
+
+
+def test_a_killed_engine_fails_its_requests_and_is_started_again(small_checkpoint: Path) -> None:
+    async def test(client: EngineClient, stats: list[StepStats]) -> None:
+        stream = client.generate("r", [3], ENDLESS)
+        await anext(stream)
+        os.kill(process_id(client), signal.SIGKILL)
+        with pytest.raises(EngineUnavailable, match="restarted"):
+            async for _ in stream:
+                pass
+        assert not client.is_ready
+        with pytest.raises(EngineUnavailable):
+            await anext(client.generate("early", [3], GREEDY))
+        while not client.is_ready:
+            await asyncio.sleep(0.01)
+        assert client.num_restarts == 1
+        answer = await collect(client, "again", [3], GREEDY)
+        assert answer[-1].finish_reason is FinishReason.LENGTH
+
+    scenario(test, small_checkpoint)
+
+
+def test_a_checkpoint_that_cannot_load_is_a_config_error(tmp_path: Path) -> None:
+    async def test() -> None:
+        client = EngineClient(config(tmp_path / "nowhere"), lambda stats: None)
+        with pytest.raises(ConfigError, match="nowhere"):
+            await client.start()
+        await client.shutdown()
+
+    asyncio.run(test())
+
+
+def test_shutdown_ends_the_process_and_open_streams(small_checkpoint: Path) -> None:
+    async def test() -> None:
+        client = EngineClient(config(small_checkpoint), lambda stats: None)
+        await client.start()
+        pid = process_id(client)
+        stream = client.generate("r", [3], ENDLESS)
+        await anext(stream)
+        await client.shutdown()
+        with pytest.raises(EngineUnavailable, match="shutting down"):
+            async for _ in stream:
+                pass
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+    asyncio.run(test())

@@ -1,0 +1,254 @@
+"""Random traffic through the scheduler: nothing lost, nothing shared, every window readable.
+
+The last test keeps a model of the cache's content, slot by slot, and checks that each step would
+read exactly the tokens its attention needs, in the order in which layers read and write.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bezel.engine.batch import Batch
+from bezel.engine.config import EngineConfig
+from bezel.engine.kv_layout import KVLayout, PageCount
+from bezel.engine.messages import FinishReason
+from bezel.engine.page_pool import PagePool
+from bezel.engine.page_tables import PageTables
+from bezel.engine.sampling_params import SamplingParams
+from bezel.engine.scheduler import ScheduledSequence, ScheduledStep, Scheduler
+from bezel.engine.sequence import Sequence, SequenceStatus
+from bezel.kernels.kv_pages import NO_SLOT
+
+TOKEN, EOS = 5, 1
+
+
+def make_scheduler(
+    window: int = 32, num_sectors: int = 20, budget: int = 64, max_num_seqs: int = 4
+) -> Scheduler:
+    layout = KVLayout(window, 8, 32, local_page_bytes=24, global_page_bytes=32)
+    config = EngineConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
+    return Scheduler(config, PagePool(layout, num_sectors * layout.sector_bytes))
+
+
+def make_sequence(
+    scheduler: Scheduler, name: str, num_tokens: int, max_tokens: int = 4
+) -> Sequence:
+    return Sequence(
+        request_id=name,
+        token_ids=[TOKEN] * num_tokens,
+        params=SamplingParams(max_tokens=max_tokens),
+        seed=0,
+        stop_token_ids=frozenset({EOS}),
+        pages=PageTables(scheduler.pool.layout),
+    )
+
+
+def run_step(scheduler: Scheduler, token_id: int = TOKEN) -> ScheduledStep:
+    step = scheduler.schedule()
+    scheduler.commit(step, [token_id] * len(step.sampled))
+    return step
+
+
+def plan(step: ScheduledStep) -> dict[str, tuple[int, int]]:
+    return {s.sequence.request_id: (s.start, s.end) for s in step.sequences}
+
+
+def test_decodes_come_first_and_the_prompt_fills_the_budget() -> None:
+    scheduler = make_scheduler(budget=10)
+    scheduler.add(make_sequence(scheduler, "short", 3))
+    scheduler.add(make_sequence(scheduler, "long", 20))
+    assert plan(run_step(scheduler)) == {"short": (0, 3), "long": (0, 7)}
+    assert plan(run_step(scheduler)) == {"short": (3, 4), "long": (7, 16)}
+    assert plan(run_step(scheduler)) == {"short": (4, 5), "long": (16, 20)}
+    assert plan(run_step(scheduler)) == {"short": (5, 6), "long": (20, 21)}
+
+
+def test_first_come_first_served_up_to_max_num_seqs() -> None:
+    scheduler = make_scheduler(max_num_seqs=2)
+    for name in "abc":
+        scheduler.add(make_sequence(scheduler, name, 2, max_tokens=2))
+    assert set(plan(run_step(scheduler))) == {"a", "b"}
+    assert set(plan(run_step(scheduler))) == {"a", "b"}
+    assert set(plan(run_step(scheduler))) == {"c"}
+
+
+def test_a_prompt_waits_until_all_of_it_fits_beside_what_is_promised() -> None:
+    scheduler = make_scheduler(num_sectors=4, window=8, budget=16)  # 4 sectors of 96 bytes
+    scheduler.add(make_sequence(scheduler, "a", 90))  # 2 local, 3 global pages: 2 sectors
+    scheduler.add(make_sequence(scheduler, "b", 90))
+    scheduler.add(make_sequence(scheduler, "c", 10))  # one page more than the arena has
+    step = run_step(scheduler)
+    assert plan(step) == {"a": (0, 16)}
+    assert len(scheduler.waiting) == 2
+
+
+def test_the_last_to_come_is_preempted_and_starts_again_in_order() -> None:
+    scheduler = make_scheduler(num_sectors=3, window=8, budget=64)
+    for name in "ab":
+        scheduler.add(make_sequence(scheduler, name, 30, max_tokens=90))
+    sequences = []
+    preempted = 0
+    while scheduler.has_work:
+        step = run_step(scheduler)
+        sequences.append(plan(step))
+        preempted += step.num_preemptions
+    assert preempted > 0
+    assert sequences[-1].keys() == {"b"}, "the first to come finishes first"
+    assert scheduler.pool.used == PageCount(0, 0)
+
+
+def test_stop_tokens_lengths_and_min_tokens_end_a_sequence() -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence(scheduler, "a", 2, max_tokens=3)
+    scheduler.add(sequence)
+    run_step(scheduler, EOS)
+    assert sequence.finish_reason is FinishReason.STOP
+
+    sequence = make_sequence(scheduler, "b", 2, max_tokens=3)
+    scheduler.add(sequence)
+    for _ in range(3):
+        run_step(scheduler)
+    assert sequence.finish_reason is FinishReason.LENGTH
+    assert not scheduler.has_work
+
+
+def test_abort_in_every_phase() -> None:
+    scheduler = make_scheduler(budget=8, max_num_seqs=1)
+    queued, prefilling, decoding = (make_sequence(scheduler, n, 12) for n in ("q", "p", "d"))
+    scheduler.add(decoding)
+    run_step(scheduler), run_step(scheduler)
+    assert decoding.num_uncomputed_tokens == 1
+    assert scheduler.finish("d", FinishReason.ABORT) is decoding
+
+    scheduler.add(prefilling)
+    scheduler.add(queued)
+    run_step(scheduler)
+    assert prefilling.num_computed_tokens == 8 and queued.status is SequenceStatus.WAITING
+    scheduler.finish("q", FinishReason.ABORT)
+    scheduler.finish("p", FinishReason.ABORT)
+    assert not scheduler.has_work
+    assert scheduler.pool.used == PageCount(0, 0)
+    assert scheduler.finish("p", FinishReason.ABORT) is None, "only one ending each"
+
+
+@dataclass
+class CacheModel:
+    """Which (sequence, position) stands at which slot, per kind."""
+
+    layout: KVLayout
+    local: dict[int, tuple[str, int]] = field(default_factory=dict)
+    global_: dict[int, tuple[str, int]] = field(default_factory=dict)
+
+    def run(self, step: ScheduledStep) -> None:
+        batch = Batch.build(step, self.layout, torch.device("cpu"))
+        for s, row in self._rows(step, batch):
+            self._write(self.global_, s, batch.global_.slot_mapping_T[row].tolist())
+            if s.num_tokens == 1:
+                slots = batch.local.slot_mapping_T[row].tolist()
+                assert slots[0] != NO_SLOT
+                self._write(self.local, s, slots)
+        for i, (s, _) in enumerate(self._rows(step, batch)):
+            self._check_global(s, batch.global_.page_table_SP[i].tolist())
+            last = s.end if s.num_tokens == 1 else s.start
+            self._check_local(s, last, batch.local.page_table_SP[i].tolist())
+        for s, row in self._rows(step, batch):
+            if s.num_tokens > 1:
+                self._write(self.local, s, batch.local.slot_mapping_T[row].tolist())
+
+    def _rows(self, step: ScheduledStep, batch: Batch) -> list[tuple[ScheduledSequence, slice]]:
+        bounds = zip(batch.cu_seqlens_q, batch.cu_seqlens_q[1:], strict=False)
+        return [(s, slice(*b)) for s, b in zip(step.sequences, bounds, strict=True)]
+
+    def _write(
+        self, cache: dict[int, tuple[str, int]], s: ScheduledSequence, slots: list[int]
+    ) -> None:
+        for position, slot in zip(range(s.start, s.end), slots, strict=True):
+            if slot != NO_SLOT:
+                cache[slot] = (s.sequence.request_id, position)
+
+    def _check_local(self, s: ScheduledSequence, last: int, table: list[int]) -> None:
+        size = self.layout.local_page_size
+        for position in range(max(0, s.start - self.layout.window + 1), last):
+            page = table[position // size % len(table)]
+            assert self.local[page * size + position % size] == (s.sequence.request_id, position)
+
+    def _check_global(self, s: ScheduledSequence, table: list[int]) -> None:
+        size = self.layout.global_page_size
+        for position in range(s.end):
+            slot = table[position // size] * size + position % size
+            assert self.global_[slot] == (s.sequence.request_id, position)
+
+
+OPERATIONS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 150), st.integers(1, 40)),
+        st.tuples(st.just("step"), st.integers(0, 1), st.integers(1, 12)),
+        st.tuples(st.just("abort"), st.integers(0, 30), st.just(0)),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    window=st.sampled_from([2, 5, 8, 9, 32, 40]),
+    budget=st.sampled_from([4, 7, 40, 500]),
+    num_sectors=st.integers(5, 14),
+    operations=OPERATIONS,
+)
+def test_random_traffic(
+    window: int, budget: int, num_sectors: int, operations: list[tuple[str, int, int]]
+) -> None:
+    scheduler = make_scheduler(window, num_sectors, budget, max_num_seqs=4)
+    pool, layout = scheduler.pool, scheduler.pool.layout
+    capacity = num_sectors * layout.sector_bytes
+    cache = CacheModel(layout)
+    alive: dict[str, Sequence] = {}
+    ended: list[str] = []
+
+    def check() -> None:
+        pool.check_integrity()
+        held = [sequence.pages.held for sequence in alive.values()]
+        assert pool.used == sum(held, PageCount(0, 0))
+        assert layout.num_bytes(pool.used) <= capacity
+        assert all(h.local <= layout.max_local_pages for h in held)
+        assert len(ended) == len(set(ended))
+
+    def step(token_id: int) -> None:
+        scheduled = scheduler.schedule()
+        assert 0 < scheduled.num_tokens <= budget
+        check()
+        cache.run(scheduled)
+        for sequence in scheduler.commit(scheduled, [token_id] * len(scheduled.sampled)):
+            if sequence.finish_reason is not None:
+                ended.append(sequence.request_id)
+                del alive[sequence.request_id]
+        check()
+
+    for i, (kind, first, second) in enumerate(operations):
+        if kind == "add":
+            total = layout.peak_pages(first + second)
+            if layout.num_sectors(total) > num_sectors:
+                continue  # what the front end refuses: longer than max_model_len
+            sequence = make_sequence(scheduler, f"s{i}", first, second)
+            alive[sequence.request_id] = sequence
+            scheduler.add(sequence)
+        elif kind == "abort" and alive:
+            name = list(alive)[first % len(alive)]
+            scheduler.finish(name, FinishReason.ABORT)
+            ended.append(name)
+            del alive[name]
+        elif kind == "step":
+            for _ in range(second):
+                if scheduler.has_work:
+                    step(TOKEN)
+        check()
+    for _ in range(20_000):
+        if not scheduler.has_work:
+            break
+        step(TOKEN)
+    assert not alive and not scheduler.has_work, "everything accepted ends"
+    assert pool.used == PageCount(0, 0)

@@ -1,0 +1,246 @@
+"""Sampling: what may be drawn, how often, and that a draw is a function of its own row only."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from bezel.kernels import sampling
+from bezel.kernels.sampling import gumbel, sample
+
+EULER_GAMMA = 0.5772156649
+
+
+def draw(logits_SV: Tensor, **options: Any) -> Tensor:
+    """`sample` with neutral defaults; a number stands for a column of it."""
+    defaults: dict[str, Any] = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+    options = defaults | dict(seed=0, position=0) | options
+    columns = {}
+    for name, value in options.items():
+        dtype = torch.int64 if name in ("top_k", "seed", "position") else torch.float32
+        column = torch.as_tensor(value, dtype=dtype)
+        columns[f"{name}_S"] = column.expand(len(logits_SV)).contiguous()
+    return sample(logits_SV, **columns)
+
+
+def draws(logits_V: list[float], num_draws: int, **options: Any) -> Counter[int]:
+    """How often each token comes out of `num_draws` rows with seeds of their own."""
+    rows = torch.tensor([logits_V]).expand(num_draws, -1).contiguous()
+    return Counter(draw(rows, seed=torch.arange(num_draws), **options).tolist())
+
+
+def allowed(
+    logits_V: list[float], temperature: float, top_k: int, top_p: float, min_p: float
+) -> dict[int, float]:
+    """The tokens that survive and their probabilities, one cut after the other on a sorted list."""
+    logits = np.asarray(logits_V, dtype=np.float64) / temperature
+    order = np.argsort(-logits, kind="stable")
+    order = order[: top_k or len(order)]
+    p = np.exp(logits[order] - logits.max())
+    p /= p.sum()
+    if top_p < 1:
+        needed = int(np.searchsorted(np.cumsum(p), top_p)) + 1
+        order, p = order[:needed], p[:needed]
+    kept = p >= min_p * p.max()
+    order, p = order[kept], p[kept]
+    return dict(zip(order.tolist(), (p / p.sum()).tolist(), strict=True))
+
+
+# Twelve tokens, out of order, the rarest a seventieth as likely as the likeliest.
+LOGITS = [0.3, 2.1, -1.4, 1.7, 0.9, -0.2, 2.8, -0.9, 1.2, 0.1, -0.6, 2.4]
+CUTS = [
+    dict(top_k=1),
+    dict(top_k=5),
+    dict(top_k=12),
+    dict(top_k=100),
+    dict(top_p=0.5),
+    dict(top_p=0.95),
+    dict(top_p=0.01),
+    dict(min_p=0.1),
+    dict(min_p=0.5),
+    dict(min_p=1.0),
+    dict(top_k=6, top_p=0.6),
+    dict(top_k=100, top_p=0.8),
+    dict(top_k=4, top_p=0.99, min_p=0.6),
+    dict(top_p=0.9, min_p=0.3),
+    dict(top_k=8, top_p=0.9, min_p=0.05, temperature=1.8),
+    dict(top_p=0.9, temperature=0.5),
+    dict(min_p=0.05, temperature=0.6),
+]
+
+
+def cut_name(cut: dict[str, float]) -> str:
+    return ",".join(f"{name}={value}" for name, value in cut.items())
+
+
+def chi_square(counts: Counter[int], probabilities: dict[int, float]) -> float:
+    total = sum(counts.values())
+    return sum((counts[t] - total * p) ** 2 / (total * p) for t, p in probabilities.items())
+
+
+def test_temperature_0_takes_the_largest_logit_and_the_first_of_equals() -> None:
+    logits_SV = torch.tensor([[0.0, 3.0, 1.0, 3.0], [-1.0, -5.0, -2.0, -1.5]])
+    assert draw(logits_SV, temperature=0.0, seed=[1, 2]).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=cut_name)
+def test_exactly_the_tokens_of_the_cut_are_drawn_as_often_as_they_should(
+    cut: dict[str, Any],
+) -> None:
+    options = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0) | cut
+    expected = allowed(LOGITS, **options)
+    counts = draws(LOGITS, 6_000, **options)
+    assert set(counts) == set(expected)
+    if len(expected) > 1:
+        degrees = len(expected) - 1
+        # Wilson and Hilferty's approximation of the quantile that 1 in 10,000 exceeds.
+        limit = degrees * (1 - 2 / (9 * degrees) + 3.72 * math.sqrt(2 / (9 * degrees))) ** 3
+        assert chi_square(counts, expected) < limit
+
+
+@pytest.mark.parametrize("partial_limit", [1, 1024])
+def test_partial_and_full_sort_draw_the_same(
+    monkeypatch: pytest.MonkeyPatch, partial_limit: int
+) -> None:
+    """Only the first k of a row are sorted while k is small."""
+    monkeypatch.setattr(sampling, "MAX_PARTIAL_TOP_K", partial_limit)
+    logits_SV = torch.randn(50, 300, generator=torch.Generator().manual_seed(2))
+    tokens = draw(logits_SV, top_k=40, top_p=0.9, seed=torch.arange(50))
+    for row, token in enumerate(tokens.tolist()):
+        kept = allowed(logits_SV[row].tolist(), 1.0, 40, 0.9, 0.0)
+        noise = gumbel(torch.tensor([row]), torch.tensor([0]), torch.arange(300)[None])[0]
+        assert token == max(kept, key=lambda t: float(logits_SV[row, t] + noise[t]))
+
+
+def test_a_tiny_top_p_keeps_the_likeliest() -> None:
+    assert set(draws([0.0, 0.1, 0.0], 200, top_p=1e-9)) == {1}
+
+
+def test_top_p_is_taken_of_what_top_k_left() -> None:
+    """Of four equals 0.5 is two; of the two that top_k leaves it is one."""
+    assert len(draws([1.0, 1.0, 1.0, 1.0], 500, top_p=0.5)) == 2
+    assert len(draws([1.0, 1.0, 1.0, 1.0], 500, top_k=2, top_p=0.5)) == 1
+
+
+def test_min_p_compares_with_the_largest_after_temperature() -> None:
+    """exp(−2) = 0.135 of the largest; at temperature 2 exp(−1) = 0.368."""
+    assert set(draws([2.0, 0.0], 500, min_p=0.2)) == {0}
+    assert set(draws([2.0, 0.0], 500, min_p=0.2, temperature=2.0)) == {0, 1}
+
+
+def test_tokens_at_minus_infinity_are_never_drawn() -> None:
+    logits = [0.0, -math.inf, 0.0, -math.inf]
+    for cut in (dict(), dict(top_k=3), dict(top_p=0.99), dict(min_p=1e-6), dict(top_k=4)):
+        assert set(draws(logits, 500, **cut)) == {0, 2}
+
+
+def test_equal_logits_are_drawn_equally_often() -> None:
+    counts = draws([0.0] * 10, 50_000)
+    assert chi_square(counts, dict.fromkeys(range(10), 0.1)) < 33.7  # 9 degrees, 1 in 10,000
+
+
+def test_the_same_seed_and_position_draw_the_same_again() -> None:
+    logits_SV = torch.randn(64, 500, generator=torch.Generator().manual_seed(0))
+    seeds, positions = torch.arange(64), torch.arange(64) * 7
+    tokens = draw(logits_SV, seed=seeds, position=positions)
+    assert torch.equal(draw(logits_SV, seed=seeds, position=positions), tokens)
+    assert not torch.equal(draw(logits_SV, seed=seeds + 1, position=positions), tokens)
+    assert not torch.equal(draw(logits_SV, seed=seeds, position=positions + 1), tokens)
+
+
+def test_rows_of_all_kinds_draw_what_each_draws_alone() -> None:
+    """Greedy, uncut, partly and fully sorted rows in one batch, in two orders. Logits as of a
+    bfloat16 model, with many equal ones where the cuts fall."""
+    vocab_size, kinds = 1500, []
+    for top_k in (0, 1, 5, 64, 65, 1024, 1025, 1499, 5000):
+        for top_p in (1.0, 0.9, 1e-6):
+            for temperature in (0.0, 0.7):
+                kinds.append((top_k, top_p, 0.0, temperature))
+                kinds.append((top_k, top_p, 0.01, temperature))
+    generator = torch.Generator().manual_seed(4)
+    logits_SV = (torch.randn(len(kinds), vocab_size, generator=generator) * 2).bfloat16().float()
+    top_k, top_p, min_p, temperature = (torch.tensor(column) for column in zip(*kinds, strict=True))
+    seed = torch.randint(-(2**62), 2**62, (len(kinds),), generator=generator)
+    position = torch.randint(0, 2**17, (len(kinds),), generator=generator)
+
+    def of(rows: Tensor) -> Tensor:
+        return draw(
+            logits_SV[rows],
+            temperature=temperature[rows],
+            top_k=top_k[rows],
+            top_p=top_p[rows],
+            min_p=min_p[rows],
+            seed=seed[rows],
+            position=position[rows],
+        )
+
+    together = of(torch.arange(len(kinds)))
+    order = torch.randperm(len(kinds), generator=generator)
+    assert torch.equal(of(order), together[order])
+    alone = torch.cat([of(torch.tensor([row])) for row in range(len(kinds))])
+    assert torch.equal(alone, together)
+
+
+@pytest.mark.parametrize("mates_top_k", [[], [8], [20], [900]])
+def test_equal_logits_at_the_cut_do_not_depend_on_batch_mates(mates_top_k: list[int]) -> None:
+    """Twenty equal logits of which top_k keeps five: always the same five."""
+    num_mates = len(mates_top_k)
+    logits_SV = torch.zeros(1 + num_mates, 20)
+    kept = {
+        draw(logits_SV, top_k=[5, *mates_top_k], seed=[seed] * (1 + num_mates))[0].item()
+        for seed in range(200)
+    }
+    assert kept == {draw(logits_SV[:1], top_k=5, seed=seed).item() for seed in range(200)}
+    assert len(kept) == 5
+
+
+def test_neighbouring_positions_and_seeds_are_independent() -> None:
+    """Pairs of draws at (seed, p) and (seed, p + 1), and at (seed, p) and (seed + 1, p)."""
+    logits_SV = torch.zeros(40_000, 4)
+    seeds = torch.arange(40_000)
+    first = draw(logits_SV, seed=seeds, position=5)
+    for second in (
+        draw(logits_SV, seed=seeds, position=6),
+        draw(logits_SV, seed=seeds + 1, position=5),
+    ):
+        pairs = Counter((first * 4 + second).tolist())
+        assert chi_square(pairs, dict.fromkeys(range(16), 1 / 16)) < 44.3  # 15 degrees, 1 in 10,000
+
+
+def test_gumbel_has_mean_and_variance_of_its_distribution() -> None:
+    num_rows, vocab_size = 4, 262_144
+    noise = gumbel(
+        torch.tensor([0, 1, -1, 2**62]),
+        torch.tensor([0, 0, 12, 131_071]),
+        torch.arange(vocab_size).expand(num_rows, -1),
+    )
+    assert noise.dtype == torch.float32
+    assert noise.isfinite().all()
+    variance = math.pi**2 / 6
+    # Four standard errors; the fourth moment of the distribution is 5.4 times its variance squared.
+    for row in noise.double():
+        assert abs(row.mean() - EULER_GAMMA) < 4 * math.sqrt(variance / vocab_size)
+        assert abs(row.var() - variance) < 4 * variance * math.sqrt(4.4 / vocab_size)
+
+
+def test_gumbel_rows_tokens_and_positions_are_uncorrelated() -> None:
+    tokens = torch.arange(262_144)[None]
+
+    def noise(seed: int, position: int) -> Tensor:
+        return gumbel(torch.tensor([seed]), torch.tensor([position]), tokens)[0]
+
+    row = noise(1, 1)
+    limit = 4 / math.sqrt(tokens.numel())
+    for other in (row.roll(1), row.roll(64), noise(2, 1), noise(1, 2), noise(2, 2), noise(-1, 1)):
+        assert abs(torch.corrcoef(torch.stack((row, other)))[0, 1]) < limit
+
+
+def test_gumbel_of_a_token_does_not_depend_on_which_others_are_asked_for() -> None:
+    seed, position = torch.tensor([9]), torch.tensor([4])
+    everything = gumbel(seed, position, torch.arange(1000)[None])[0]
+    some = torch.tensor([[999, 3, 500, 0]])
+    assert torch.equal(gumbel(seed, position, some)[0], everything[some[0]])

@@ -1,0 +1,235 @@
+"""The life of the server: socket, loading, draining, exit code."""
+
+import asyncio
+import contextlib
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from bezel.engine.errors import CheckpointError, ConfigError, EngineUnavailable
+from bezel.engine.messages import FinishReason
+from bezel.server import serve as serve_module
+from bezel.server.app import create_app
+from bezel.server.cli import main
+from bezel.server.serve import DrainingServer, bind_socket, describe
+from bezel.server.state import ServerState
+
+pytestmark = pytest.mark.anyio
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def busy_port() -> Iterator[int]:
+    with socket.create_server(("127.0.0.1", 0)) as sock:
+        yield sock.getsockname()[1]
+
+
+def test_port_in_use(busy_port: int) -> None:
+    with pytest.raises(ConfigError) as error:
+        bind_socket("127.0.0.1", busy_port)
+    reason = os.strerror(errno.EADDRINUSE)
+    assert error.value.message == f"can't listen on 127.0.0.1:{busy_port}: {reason}"
+
+
+def test_port_in_use_is_known_before_anything_loads(busy_port: int) -> None:
+    argv = ["serve", "/no/such/model", "--port", str(busy_port)]
+    command = [sys.executable, "-m", "bezel.server.cli", *argv]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    reason = os.strerror(errno.EADDRINUSE)
+    assert done.stderr == f"bezel: error: can't listen on 127.0.0.1:{busy_port}: {reason}\n"
+
+
+def test_bound_port_is_closed_to_others() -> None:
+    with bind_socket("127.0.0.1", 0) as sock, pytest.raises(ConfigError):
+        bind_socket("127.0.0.1", sock.getsockname()[1])
+
+
+def test_description_of_the_model(state: ServerState) -> None:
+    assert state.model is not None
+    assert describe(state.model) == [
+        "serving tiny: 1 million parameters, float32 on cpu, context of 100 tokens",
+        "KV memory of 0 MiB: up to 10 local or 5 global pages",
+    ]
+
+
+class Running:
+    """A draining server on a real socket, in the test's own event loop."""
+
+    def __init__(self, state: ServerState) -> None:
+        config = uvicorn.Config(create_app(state), lifespan="off", log_config=None)
+        self.server = DrainingServer(config, state)
+        self._sock = bind_socket("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self._sock.getsockname()[1]}"
+        self.task = asyncio.create_task(self.server.serve([self._sock]))
+
+    def stop(self) -> None:
+        """What a signal does."""
+        self.server.handle_exit(signal.SIGTERM, None)
+
+
+@contextlib.asynccontextmanager
+async def running(state: ServerState) -> AsyncIterator[tuple[Running, httpx.AsyncClient]]:
+    server = Running(state)
+    async with httpx.AsyncClient(base_url=server.url) as client:
+        # Once it has answered, it has begun to serve and so to handle signals.
+        assert (await client.get("/health")).status_code == 200
+        yield server, client
+    await server.task
+
+
+async def test_idle_server_stops(state: ServerState) -> None:
+    async with running(state) as (server, _):
+        server.stop()
+        await server.task
+
+
+async def test_running_requests_finish(make_state: Any, engine: Any, chat: Any) -> None:
+    rest = asyncio.Event()
+    engine.script = [[65], rest, [66], FinishReason.STOP]
+    async with running(make_state()) as (server, client):
+        async with client.stream("POST", CHAT, json=chat(stream=True)) as stream:
+            server.stop()
+            async with httpx.AsyncClient(base_url=server.url) as other:
+                assert (await other.get("/ready")).status_code == 503
+                assert (await other.get("/health")).status_code == 200
+                assert (await other.post(CHAT, json=chat())).status_code == 503
+            rest.set()
+            text = "".join([part async for part in stream.aiter_text()])
+    assert '"content":"B"' in text
+    assert text.endswith("data: [DONE]\n\n")
+    assert engine.ended == {engine.request_ids[0]: FinishReason.STOP}
+    assert len(engine.requests) == 1
+
+
+async def test_requests_that_take_too_long_get_an_error(
+    make_state: Any, engine: Any, chat: Any
+) -> None:
+    engine.script = [[65], asyncio.Event()]
+    async with running(make_state(shutdown_timeout=0)) as (server, client):
+        whole = asyncio.create_task(client.post(CHAT, json=chat()))
+        async with client.stream("POST", CHAT, json=chat(stream=True)) as stream:
+            await engine.begun.wait()
+            while len(engine.requests) < 2:
+                await asyncio.sleep(0)
+            server.stop()
+            text = "".join([part async for part in stream.aiter_text()])
+        assert (await whole).status_code == 503
+    assert '"content":"A"' in text
+    assert text.split("data: ")[-1].startswith('{"error":{"message":"The server is shutting down.')
+    assert list(engine.ended.values()) == [FinishReason.ABORT] * 2
+
+
+async def test_second_signal_ends_at_once(state: ServerState, engine: Any, chat: Any) -> None:
+    engine.script = [[65], asyncio.Event()]
+    async with running(state) as (server, client):
+        async with client.stream("POST", CHAT, json=chat(stream=True)):
+            server.stop()
+            server.stop()
+            await server.task
+
+
+class Loading:
+    """Stands in for what `serve` loads; the engine is only there to fail or to wait."""
+
+    def __init__(self, failure: Exception | None) -> None:
+        self.failure = failure
+        self.is_shut_down = False
+
+    async def start(self) -> None:
+        assert self.failure is not None
+        raise self.failure
+
+    async def shutdown(self) -> None:
+        self.is_shut_down = True
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [ConfigError("no memory for one page"), EngineUnavailable("the engine died while loading")],
+    ids=["refuses", "dies"],
+)
+def test_engine_that_can_not_start(
+    failure: Any,
+    checkpoint: Any,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    engine = Loading(failure)
+    monkeypatch.setattr(serve_module, "EngineClient", lambda config, on_step: engine)
+    monkeypatch.setattr(serve_module, "resolve_checkpoint", lambda model: checkpoint)
+    monkeypatch.setattr(serve_module.Tokenizer, "load", lambda checkpoint: tokenizer)
+    assert main(["serve", "--port", "0"]) == 2
+    assert capsys.readouterr().err == f"bezel: error: {failure}\n"
+    assert engine.is_shut_down
+
+
+def test_checkpoint_that_can_not_be_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(model: str) -> None:
+        raise CheckpointError(f"{model}: no such directory or file")
+
+    engine = Loading(None)
+    monkeypatch.setattr(serve_module, "EngineClient", lambda config, on_step: engine)
+    monkeypatch.setattr(serve_module, "resolve_checkpoint", fail)
+    assert main(["serve", "nothing", "--port", "0"]) == 2
+    assert capsys.readouterr().err == "bezel: error: nothing: no such directory or file\n"
+    assert engine.is_shut_down
+
+
+SERVER = """
+import asyncio, sys
+from pathlib import Path
+from types import SimpleNamespace
+from bezel.engine.checkpoint import Checkpoint
+from bezel.engine.messages import EngineInfo
+from bezel.server import cli, serve
+
+class Engine:
+    info = EngineInfo(max_model_len=9, vocab_size=9, dtype="float32", device="cpu",
+        num_parameters=1, eos_token_ids=[1], kv_cache_bytes=1, local_pages_total=1,
+        global_pages_total=1, local_page_bytes=1, global_page_bytes=1)
+    is_ready = True
+    def __init__(self, config, on_step): pass
+    async def start(self):
+        if "hang" in sys.argv: await asyncio.Event().wait()
+    async def shutdown(self): print("engine ended", flush=True)
+
+serve.EngineClient = Engine
+serve.resolve_checkpoint = lambda model: Checkpoint(Path("tiny"), "gguf", "tiny", {}, {})
+serve.Tokenizer = SimpleNamespace(load=lambda checkpoint: None)
+sys.exit(cli.main(["serve", "--port", "0"]))
+"""
+
+
+@pytest.mark.parametrize("sig", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(("when", "line"), [("ready", "serving tiny"), ("hang", "listening on")])
+def test_a_signal_ends_the_process_with_success(sig: signal.Signals, when: str, line: str) -> None:
+    command = [sys.executable, "-c", SERVER, when]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as process:
+        url = ""
+        for logged in process.stderr:
+            if "listening on" in logged:
+                url = logged.split("listening on ")[1].split(",")[0]
+            if line in logged:
+                break
+        ready = httpx.get(f"{url}/ready").status_code
+        process.send_signal(sig)
+        output, errors = process.communicate()
+    assert ready == (200 if when == "ready" else 503)
+    assert process.returncode == 0, errors
+    assert output == "engine ended\n"
+    assert "Traceback" not in errors
