@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from bezel.engine.errors import ConfigError
+
 
 def option(default: Any, help_text: str, **metadata: Any) -> Any:
     """A dataclass field that is also a command line flag and a `BEZEL_*` variable."""
@@ -49,3 +51,26 @@ class EngineConfig:
         True, "Accepted for compatibility: the prefix cache itself comes in a later version"
     )
     seed: int = option(0, "Seed of requests that bring none of their own")
+
+    def __post_init__(self) -> None:
+        """Check what the checkpoint has no say in.
+
+        Raises:
+            ConfigError: naming the flag that is out of range.
+        """
+        _at_least(1, "--max-num-seqs", self.max_num_seqs)
+        _at_least(0, "--max-num-queued-reqs", self.max_num_queued_reqs)
+        _at_least(self.max_num_seqs, "--max-num-batched-tokens", self.max_num_batched_tokens)
+        _at_least(0, "--long-prefill-token-threshold", self.long_prefill_token_threshold)
+        if self.kv_cache_memory_bytes is not None:
+            _at_least(1, "--kv-cache-memory-bytes", self.kv_cache_memory_bytes)
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                "--gpu-memory-utilization must be above 0 and at most 1, "
+                f"got {self.gpu_memory_utilization}"
+            )
+
+
+def _at_least(low: int, flag: str, value: int) -> None:
+    if value < low:
+        raise ConfigError(f"{flag} must be at least {low}, got {value}")

@@ -10,7 +10,6 @@ import torch
 
 from bezel.engine.checkpoint import Checkpoint, resolve_checkpoint
 from bezel.engine.config import EngineConfig
-from bezel.engine.errors import ConfigError
 from bezel.engine.messages import (
     AddSequence,
     EngineInfo,
@@ -36,15 +35,17 @@ class Engine:
     """
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint | None = None) -> None:
-        if config.max_num_batched_tokens < config.max_num_seqs:
-            raise ConfigError("--max-num-batched-tokens must not be less than --max-num-seqs")
         self.config = config
         self.checkpoint = checkpoint or resolve_checkpoint(config.model)
         self.runner = ModelRunner(config, self.checkpoint)
         self.pool = PagePool(self.runner.layout, self.runner.arena_bytes)
         self.scheduler = Scheduler(config, self.pool)
-        self.sampler = Sampler(self.checkpoint.generation_config.get("suppress_tokens") or [])
-        self._eos_token_ids = eos_token_ids(self.checkpoint)
+        vocab_size = self.runner.model_config.vocab_size
+        suppressed = self.checkpoint.generation_config.get("suppress_tokens") or []
+        self.sampler = Sampler(suppressed, vocab_size)
+        self._eos_token_ids = frozenset(
+            token_id for token_id in eos_token_ids(self.checkpoint) if token_id < vocab_size
+        )
         self._num_added = 0
 
     @property
@@ -112,6 +113,10 @@ class Engine:
         ]
         stats = self._stats(step, time.perf_counter() - started, scheduled - started)
         return StepOutput(outputs=outputs, stats=stats)
+
+    def report(self) -> StepOutput:
+        """The state as it is, without computing anything."""
+        return StepOutput(outputs=[], stats=self._stats(ScheduledStep(), 0.0, 0.0))
 
     def generate(
         self, prompts: SequenceOf[list[int]], params: SamplingParams | list[SamplingParams]

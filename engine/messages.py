@@ -66,7 +66,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
-    """State of the engine after a step; all gauges and token counters come from here."""
+    """State of the engine after a step, and what the step cost; no tokens means no step."""
 
     num_running: int
     num_waiting: int

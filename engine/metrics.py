@@ -112,13 +112,14 @@ class Metrics:
         self._observe_pages(0, 0)
 
     def observe_step(self, stats: StepStats) -> None:
-        """Take over what the engine says of the step it just did."""
+        """Take over what the engine says of a step, or of its state between steps."""
         model = self._model_name
         self._running.labels(model).set(stats.num_running)
         self._waiting.labels(model).set(stats.num_waiting)
         self._prompt_tokens.labels(model).inc(stats.num_prefill_tokens)
         self._preemptions.labels(model).inc(stats.num_preemptions)
-        self._step.labels(model).observe(stats.step_seconds)
+        if stats.num_prefill_tokens + stats.num_decode_tokens:
+            self._step.labels(model).observe(stats.step_seconds)
         self._observe_pages(stats.local_pages_used, stats.global_pages_used)
 
     def _observe_pages(self, num_local: int, num_global: int) -> None:

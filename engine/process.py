@@ -7,12 +7,12 @@ It ends when told to, or when its parent is gone.
 import logging
 import multiprocessing
 import signal
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
 
 from bezel.engine.config import EngineConfig
-from bezel.engine.core import Engine
 from bezel.engine.errors import ConfigError
 from bezel.engine.messages import (
     AddSequence,
@@ -23,11 +23,17 @@ from bezel.engine.messages import (
     ToEngine,
 )
 
+if TYPE_CHECKING:
+    from bezel.engine.core import Engine
+
 IDLE_POLL_MS = 1000  # how soon a process without a parent notices
 
 
 def run_engine(config: EngineConfig, address: str) -> None:
     """Entry point of the spawned process; talks over a ZeroMQ pair socket at `address`."""
+    # Here, not above: the API process imports this module too, and stays free of torch.
+    from bezel.engine.core import Engine
+
     # Ctrl-C reaches every process of a terminal; when to stop is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
@@ -43,20 +49,25 @@ def run_engine(config: EngineConfig, address: str) -> None:
         _serve(engine, socket)
 
 
-def _serve(engine: Engine, socket: "zmq.Socket[bytes]") -> None:
+def _serve(engine: "Engine", socket: "zmq.Socket[bytes]") -> None:
     parent = multiprocessing.parent_process()
     decoder = msgspec.msgpack.Decoder(ToEngine)
+    was_busy = False
     while parent is None or parent.is_alive():
-        while socket.poll(0 if engine.has_work else IDLE_POLL_MS):
+        while socket.poll(0 if engine.has_work or was_busy else IDLE_POLL_MS):
             message = decoder.decode(socket.recv())
             if isinstance(message, Shutdown):
                 return
             _handle(engine, message)
         if engine.has_work:
             _send(socket, engine.step())
+        elif was_busy:
+            # The last sequences may have been ended from outside, with no step to tell of it.
+            _send(socket, engine.report())
+        was_busy = engine.has_work
 
 
-def _handle(engine: Engine, message: AddSequence | FinishSequence) -> None:
+def _handle(engine: "Engine", message: AddSequence | FinishSequence) -> None:
     if isinstance(message, AddSequence):
         engine.add(message)
     else:

@@ -13,8 +13,8 @@ from bezel.kernels.sampling import sample
 class Sampler:
     """`suppressed` tokens, named by the checkpoint, are never drawn."""
 
-    def __init__(self, suppressed: list[int]) -> None:
-        self._suppressed = suppressed
+    def __init__(self, suppressed: list[int], vocab_size: int) -> None:
+        self._suppressed = [token_id for token_id in suppressed if token_id < vocab_size]
 
     def sample(self, logits_NV: Tensor, sequences: list[Sequence]) -> list[int]:
         """One token id per row; `logits_NV` (float32) is changed in place."""
@@ -31,7 +31,7 @@ class Sampler:
 
         token_ids: list[int] = sample(
             logits_NV,
-            temperature_S=column([p.temperature for p in params], torch.float32),
+            temperature_S=column([0.0 if p.is_greedy else p.temperature for p in params], torch.float32),
             top_k_S=column([p.top_k for p in params], torch.int64),
             top_p_S=column([p.top_p for p in params], torch.float32),
             min_p_S=column([p.min_p for p in params], torch.float32),

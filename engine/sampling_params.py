@@ -31,7 +31,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def is_greedy(self) -> bool:
-        return self.temperature == 0.0
+        # Dividing by less than this makes infinities of logits; vLLM draws the same line.
+        return self.temperature < 1e-5
 
     @property
     def has_penalties(self) -> bool:
@@ -51,7 +52,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check("min_tokens", self.min_tokens, 0, self.max_tokens)
         _check("temperature", self.temperature, 0.0, 2.0)
         _check("top_p", self.top_p, 0.0, 1.0, open_low=True)
-        _check("top_k", self.top_k, 0, None)
+        _check("top_k", self.top_k, 0, 2**63 - 1)
         _check("min_p", self.min_p, 0.0, 1.0)
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)

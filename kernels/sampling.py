@@ -14,6 +14,9 @@ logits_SV float32; temperature, top_p, min_p float32; top_k, seed, position int6
 import torch
 from torch import Tensor
 
+CACHED_VALUES = 1 << 18  # logits worked on at a time: a dozen passes over more leave the cache
+TOP_K_BLOCK = 512
+NOISE_RANGE = 19.5  # more than the largest possible noise, 16.64, minus the smallest, −2.82
 MAX_PARTIAL_TOP_K = 1024  # above this a full sort of the row is no slower than a partial one
 
 # SplitMix64 (Steele, Lea, Flood 2014) for the key of a row, MurmurHash3's 32-bit finaliser
@@ -44,17 +47,42 @@ def sample(
     # is a row's own, never the largest of the batch.
     num_sorted_S = torch.where(is_partial_S, top_k_S, vocab_size).masked_fill(is_uncut_S, 0)
     for num_sorted in torch.unique(num_sorted_S[is_random_S]).tolist():
-        rows = (is_random_S & (num_sorted_S == num_sorted)).nonzero()[:, 0]
-        logits_SC = logits_SV[rows] / temperature_S[rows, None]
-        candidates_SC = torch.arange(vocab_size, device=logits_SV.device).expand(len(rows), -1)
-        if num_sorted:
-            logits_SC, candidates_SC = logits_SC.topk(num_sorted, dim=-1)
-            logits_SC = _cut_top_k_top_p(logits_SC, top_k_S[rows], top_p_S[rows])
-        logits_SC = _cut_min_p(logits_SC, min_p_S[rows])
-        noise_SC = gumbel(seed_S[rows], position_S[rows], candidates_SC)
-        winners = (logits_SC + noise_SC).argmax(-1, keepdim=True)
-        token_ids_S[rows] = candidates_SC.gather(1, winners)[:, 0]
+        rows_S = (is_random_S & (num_sorted_S == num_sorted)).nonzero()[:, 0]
+        for rows in rows_S.split(max(1, CACHED_VALUES // vocab_size)):
+            logits_SC = logits_SV[rows] / temperature_S[rows, None]
+            if num_sorted:
+                logits_SC, candidates_SC = _top_k(logits_SC, num_sorted)
+                logits_SC = _cut_top_k_top_p(logits_SC, top_k_S[rows], top_p_S[rows])
+            else:
+                candidates_SC = _contenders(logits_SC)
+                logits_SC = logits_SC.gather(1, candidates_SC)
+            logits_SC = _cut_min_p(logits_SC, min_p_S[rows])
+            noise_SC = gumbel(seed_S[rows], position_S[rows], candidates_SC)
+            winners = (logits_SC + noise_SC).argmax(-1, keepdim=True)
+            token_ids_S[rows] = candidates_SC.gather(1, winners)[:, 0]
     return token_ids_S
+
+
+def _contenders(logits_SV: Tensor) -> Tensor:
+    """Tokens that noise could lift above a row's largest logit: few, as a rule, of many."""
+    could_win_SV = logits_SV >= logits_SV.amax(-1, keepdim=True) - NOISE_RANGE
+    return could_win_SV.any(0).nonzero()[:, 0].expand(len(logits_SV), -1)
+
+
+def _top_k(logits_SV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits in falling order and where they are.
+
+    They lie in the k blocks with the largest maxima, so only those need sorting.
+    """
+    num_rows, vocab_size = logits_SV.shape
+    if vocab_size % TOP_K_BLOCK or 2 * k * TOP_K_BLOCK > vocab_size:
+        return logits_SV.topk(k, dim=-1)
+    blocks_SNB = logits_SV.view(num_rows, -1, TOP_K_BLOCK)
+    chosen_SK = blocks_SNB.amax(-1).topk(k, dim=-1).indices
+    kept_SKB = blocks_SNB.gather(1, chosen_SK[..., None].expand(-1, -1, TOP_K_BLOCK))
+    logits_SK, index_SK = kept_SKB.flatten(1).topk(k, dim=-1)
+    block_SK = chosen_SK.gather(1, index_SK // TOP_K_BLOCK)
+    return logits_SK, block_SK * TOP_K_BLOCK + index_SK % TOP_K_BLOCK
 
 
 def gumbel(seed_S: Tensor, position_S: Tensor, token_ids_SC: Tensor) -> Tensor:

@@ -19,6 +19,11 @@ from bezel.server.version import VERSION
 
 _MODEL_VARIABLE = "BEZEL_MODEL"
 
+# For the engine process, which inherits them before it loads torch. Threads that wait for each
+# other by spinning make a step ten times slower as soon as another program wants a core; and
+# oneDNN would keep a compiled product for each of 1,024 batch shapes, at a quarter MiB a piece.
+_ENGINE_VARIABLES = {"OMP_WAIT_POLICY": "passive", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -74,6 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
         config = parse_config(vars(arguments), os.environ)
+        for name, value in _ENGINE_VARIABLES.items():
+            os.environ.setdefault(name, value)
         from bezel.server.serve import serve
 
         serve(config)

@@ -104,7 +104,7 @@ class Generation:
     async def close(self) -> None:
         """Abort what still runs."""
         for task in self._tasks:
-            pass
+            task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
@@ -165,12 +165,12 @@ async def _decode(
             text, num_tokens = _push(detokenizer, output.token_ids, hidden)
             metrics.observe_tokens(num_tokens)
             reason = output.finish_reason
+            if reason is not None:
+                text += detokenizer.flush()
             if detokenizer.stopped:
                 if reason is None:
                     model.engine.finish(request.request_id, FinishReason.STOP)
                 reason = FinishReason.STOP
-            elif reason is not None:
-                text += detokenizer.flush()
             if reason in (FinishReason.ERROR, FinishReason.ABORT):
                 raise GenerationFailed("The engine could not finish the answer.")
             yield Delta(index, text, output.token_ids[:num_tokens], reason)

@@ -51,6 +51,7 @@ def serve(config: ServerConfig) -> None:
         log_config=None,
         log_level="warning",
         access_log=False,
+        server_header=False,
         timeout_keep_alive=config.timeout_keep_alive,
         timeout_graceful_shutdown=_CLOSING_TIMEOUT_S,
     )

@@ -1,6 +1,10 @@
 """Fixtures for tests of more than one layer."""
 
+import os
 from pathlib import Path
+
+# As `bezel serve` does, before torch is loaded: see server/cli.py.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch

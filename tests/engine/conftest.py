@@ -18,7 +18,6 @@ def _gemma4(num_layers: int, period: int, *, unified: bool = False, **text: Any)
     common: dict[str, Any] = {
         "model_type": "gemma4_unified_text" if unified else "gemma4_text",
         "vocab_size": 262_144,
-        "vocab_size_per_layer_input": 262_144,
         "num_hidden_layers": num_layers,
         "layer_types": kinds * (num_layers // period),
         "head_dim": 256,
@@ -31,9 +30,7 @@ def _gemma4(num_layers: int, period: int, *, unified: bool = False, **text: Any)
         "attention_k_eq_v": False,
         "num_global_key_value_heads": None,
         "num_kv_shared_layers": 0,
-        "hidden_size_per_layer_input": 0,
         "use_double_wide_mlp": False,
-        "enable_moe_block": False,
         "use_bidirectional_attention": "vision",
         "sliding_window": 1024,
         "max_position_embeddings": 262_144,
@@ -46,6 +43,12 @@ def _gemma4(num_layers: int, period: int, *, unified: bool = False, **text: Any)
             },
         },
     }
+    if not unified:  # the 12B's class knows nothing of these
+        common |= {
+            "vocab_size_per_layer_input": 262_144,
+            "hidden_size_per_layer_input": 0,
+            "enable_moe_block": False,
+        }
     return {
         "model_type": "gemma4_unified" if unified else "gemma4",
         "eos_token_id": [1, 106],

@@ -167,3 +167,16 @@ def test_shutdown_ends_the_process_and_open_streams(small_checkpoint: Path) -> N
             os.kill(pid, 0)
 
     asyncio.run(test())
+
+
+def test_the_engine_tells_that_it_is_idle_after_the_last_abort(small_checkpoint: Path) -> None:
+    async def test(client: EngineClient, stats: list[StepStats]) -> None:
+        stream = client.generate("r", list(range(100)), ENDLESS)
+        await anext(stream)
+        await stream.aclose()
+        while stats[-1].num_running:
+            await asyncio.sleep(0.01)
+        assert (stats[-1].local_pages_used, stats[-1].global_pages_used) == (0, 0)
+        assert stats[-1].num_prefill_tokens == stats[-1].num_decode_tokens == 0
+
+    scenario(test, small_checkpoint)

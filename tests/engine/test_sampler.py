@@ -15,6 +15,7 @@ from bezel.engine.sequence import Sequence
 LAYOUT = KVLayout(
     window=8, local_page_size=8, global_page_size=32, local_page_bytes=64, global_page_bytes=64
 )
+VOCAB_SIZE = 1000
 GREEDY = dict(max_tokens=100, temperature=0.0)
 MakeSequence = Callable[..., Sequence]
 
@@ -47,14 +48,14 @@ def make_sequence() -> MakeSequence:
 def adjusted(sequence: Sequence, logits: list[float], suppressed: list[int] | None = None) -> Any:
     """The logits that the draw sees."""
     logits_NV = torch.tensor([logits])
-    Sampler(suppressed or []).sample(logits_NV, [sequence])
+    Sampler(suppressed or [], VOCAB_SIZE).sample(logits_NV, [sequence])
     return logits_NV[0].tolist()
 
 
 def test_greedy_takes_the_largest(make_sequence: MakeSequence) -> None:
     logits_NV = torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 3.5]])
     sequences = [make_sequence([1], []), make_sequence([1], [])]
-    assert Sampler([]).sample(logits_NV, sequences) == [1, 2]
+    assert Sampler([], VOCAB_SIZE).sample(logits_NV, sequences) == [1, 2]
 
 
 def test_presence_and_frequency_count_the_output_only(make_sequence: MakeSequence) -> None:
@@ -109,11 +110,11 @@ def test_logit_bias_decides(make_sequence: MakeSequence) -> None:
     logits = [[5.0, 0.0, 1.0]]
     for bias, expected in (({1: 6.0}, 1), ({0: -4.5}, 2)):
         sequence = make_sequence([0], [], logit_bias=bias)
-        assert Sampler([]).sample(torch.tensor(logits), [sequence]) == [expected]
+        assert Sampler([], VOCAB_SIZE).sample(torch.tensor(logits), [sequence]) == [expected]
 
 
 def test_suppressed_tokens_are_never_drawn_whatever_the_bias(make_sequence: MakeSequence) -> None:
-    sampler = Sampler([1, 3])
+    sampler = Sampler([1, 3], VOCAB_SIZE)
     greedy = make_sequence([0], [1], logit_bias={1: 100.0}, repetition_penalty=0.5)
     assert sampler.sample(torch.tensor([[0.0, 9.0, 1.0, 9.0]]), [greedy]) == [2]
     sequences = [
@@ -127,7 +128,7 @@ def test_stop_tokens_are_banned_below_min_tokens(make_sequence: MakeSequence) ->
     logits, stop = [0.0, 1.0, 9.0, 8.0], frozenset({2, 3})
     for num_output, expected in ((0, 1), (1, 1), (2, 2), (3, 2)):
         sequence = make_sequence([0], [1] * num_output, min_tokens=2, stop_token_ids=stop)
-        assert Sampler([]).sample(torch.tensor([logits]), [sequence]) == [expected]
+        assert Sampler([], VOCAB_SIZE).sample(torch.tensor([logits]), [sequence]) == [expected]
 
 
 def test_min_tokens_outweighs_a_bias(make_sequence: MakeSequence) -> None:
@@ -144,7 +145,7 @@ def test_adjustments_stay_in_their_row(make_sequence: MakeSequence) -> None:
         make_sequence([0], [2]),
         make_sequence([0], [], logit_bias={0: 5.0}),
     ]
-    assert Sampler([]).sample(logits_NV, sequences) == [1, 2, 0]
+    assert Sampler([], VOCAB_SIZE).sample(logits_NV, sequences) == [1, 2, 0]
     assert logits_NV.tolist() == [[1.0, 2.0, 1.0], [1.0, 2.0, 3.0], [6.0, 2.0, 3.0]]
 
 
@@ -161,7 +162,7 @@ def test_seeded_draws_do_not_depend_on_batch_mates(make_sequence: MakeSequence) 
     sequences = [
         make_sequence([1, 2], [3] * (row % 3), seed=row // 5, **kinds[row % 5]) for row in range(20)
     ]
-    sampler = Sampler([])
+    sampler = Sampler([], VOCAB_SIZE)
     together = sampler.sample(logits_NV.clone(), sequences)
     backwards = sampler.sample(logits_NV.flip(0).clone(), sequences[::-1])
     alone = [sampler.sample(logits_NV[[i]].clone(), [sequences[i]])[0] for i in range(20)]
@@ -174,7 +175,7 @@ def test_seed_and_position_decide_the_draw(make_sequence: MakeSequence) -> None:
             make_sequence([0] * n, [0] * num_output, seed=seed, temperature=1.0)
             for n in range(1, 41)
         ]
-        return Sampler([]).sample(torch.zeros(40, 1000), sequences)
+        return Sampler([], VOCAB_SIZE).sample(torch.zeros(40, 1000), sequences)
 
     assert sampled(1, 0) == sampled(1, 0)
     assert sampled(1, 0) != sampled(2, 0)
@@ -194,10 +195,11 @@ def test_every_cut_reaches_the_draw(
         (dict(top_p=0.5), {0, 1}),
         (dict(min_p=0.5), {0, 1}),
         (dict(min_p=0.95), {0}),
+        (dict(top_k=2**63 - 1), set(range(10))),
         (dict(), set(range(10))),
     ):
         sequences = [
             make_sequence([0], [], seed=seed, temperature=1.0, **params) for seed in range(500)
         ]
-        sampled = Sampler([]).sample(torch.tensor([logits] * 500), sequences)
+        sampled = Sampler([], VOCAB_SIZE).sample(torch.tensor([logits] * 500), sequences)
         assert set(sampled) == expected

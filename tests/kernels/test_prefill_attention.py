@@ -199,11 +199,14 @@ def test_bfloat16(
 
 def test_no_chunks(make_pages: Callable[..., Any]) -> None:
     pages = make_pages(1, 8, 1, WIDTH)
-    nothing, tables = torch.empty(0, 2, WIDTH), torch.empty(0, 2, dtype=torch.int64)
-    caches = (pages.k_cache_PBGC, pages.v_cache_PBGK, tables, [0], [], SCALE)
-    local = local_prefill_attention(nothing, nothing[:, :1], nothing[:, :1], *caches, 7)
-    assert local.shape == (0, 2, WIDTH)
-    assert global_prefill_attention(nothing, *caches, WIDTH).shape == (0, 2, WIDTH)
+    q_THK, kv_TGK = torch.empty(0, 2, WIDTH), torch.empty(0, 1, WIDTH)
+    k_cache, v_cache = pages.k_cache_PBGC, pages.v_cache_PBGK
+    tables = torch.empty(0, 2, dtype=torch.int64)
+    local = local_prefill_attention(
+        q_THK, kv_TGK, kv_TGK, k_cache, v_cache, tables, [0], [], SCALE, window=7
+    )
+    global_ = global_prefill_attention(q_THK, k_cache, v_cache, tables, [0], [], SCALE, WIDTH)
+    assert local.shape == global_.shape == (0, 2, WIDTH)
 
 
 @pytest.mark.parametrize(("head_dim", "num_pairs", "group"), [(32, 4, 2), (512, 64, 16)])

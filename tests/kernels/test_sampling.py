@@ -1,5 +1,6 @@
 """Sampling: what may be drawn, how often, and that a draw is a function of its own row only."""
 
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -103,21 +104,23 @@ def test_exactly_the_tokens_of_the_cut_are_drawn_as_often_as_they_should(
 
 
 @pytest.mark.parametrize("partial_limit", [1, 1024])
-def test_partial_and_full_sort_draw_the_same(
-    monkeypatch: pytest.MonkeyPatch, partial_limit: int
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_the_largest_sum_of_logit_and_noise_wins(
+    monkeypatch: pytest.MonkeyPatch, partial_limit: int, top_p: float
 ) -> None:
-    """Only the first k of a row are sorted while k is small."""
+    """Whether only the first k of a row are sorted, as while k is small, or the whole row."""
     monkeypatch.setattr(sampling, "MAX_PARTIAL_TOP_K", partial_limit)
-    logits_SV = torch.randn(50, 300, generator=torch.Generator().manual_seed(2))
-    tokens = draw(logits_SV, top_k=40, top_p=0.9, seed=torch.arange(50))
+    logits_SV = torch.randn(100, 300, generator=torch.Generator().manual_seed(2))
+    tokens = draw(logits_SV, top_k=5, top_p=top_p, seed=torch.arange(100))
     for row, token in enumerate(tokens.tolist()):
-        kept = allowed(logits_SV[row].tolist(), 1.0, 40, 0.9, 0.0)
+        kept = allowed(logits_SV[row].tolist(), 1.0, 5, top_p, 0.0)
         noise = gumbel(torch.tensor([row]), torch.tensor([0]), torch.arange(300)[None])[0]
         assert token == max(kept, key=lambda t: float(logits_SV[row, t] + noise[t]))
 
 
-def test_a_tiny_top_p_keeps_the_likeliest() -> None:
-    assert set(draws([0.0, 0.1, 0.0], 200, top_p=1e-9)) == {1}
+@pytest.mark.parametrize("top_p", [1e-9, 0.0])
+def test_a_tiny_top_p_keeps_the_likeliest(top_p: float) -> None:
+    assert set(draws([0.0, 0.1, 0.0], 200, top_p=top_p)) == {1}
 
 
 def test_top_p_is_taken_of_what_top_k_left() -> None:
@@ -155,28 +158,28 @@ def test_the_same_seed_and_position_draw_the_same_again() -> None:
 def test_rows_of_all_kinds_draw_what_each_draws_alone() -> None:
     """Greedy, uncut, partly and fully sorted rows in one batch, in two orders. Logits as of a
     bfloat16 model, with many equal ones where the cuts fall."""
-    vocab_size, kinds = 1500, []
-    for top_k in (0, 1, 5, 64, 65, 1024, 1025, 1499, 5000):
-        for top_p in (1.0, 0.9, 1e-6):
-            for temperature in (0.0, 0.7):
-                kinds.append((top_k, top_p, 0.0, temperature))
-                kinds.append((top_k, top_p, 0.01, temperature))
+    kinds = list(
+        itertools.product(
+            (0.0, 0.7),
+            (0, 1, 5, 64, 65, 1024, 1025, 1499, 5000),
+            (1.0, 0.9, 1e-6),
+            (0.0, 0.01),
+        )
+    )
     generator = torch.Generator().manual_seed(4)
-    logits_SV = (torch.randn(len(kinds), vocab_size, generator=generator) * 2).bfloat16().float()
-    top_k, top_p, min_p, temperature = (torch.tensor(column) for column in zip(*kinds, strict=True))
-    seed = torch.randint(-(2**62), 2**62, (len(kinds),), generator=generator)
-    position = torch.randint(0, 2**17, (len(kinds),), generator=generator)
+    columns = dict(
+        zip(
+            ("temperature", "top_k", "top_p", "min_p"),
+            map(torch.tensor, zip(*kinds, strict=True)),
+            strict=True,
+        ),
+        seed=torch.randint(-(2**62), 2**62, (len(kinds),), generator=generator),
+        position=torch.randint(0, 2**17, (len(kinds),), generator=generator),
+    )
+    logits_SV = (torch.randn(len(kinds), 1500, generator=generator) * 2).bfloat16().float()
 
     def of(rows: Tensor) -> Tensor:
-        return draw(
-            logits_SV[rows],
-            temperature=temperature[rows],
-            top_k=top_k[rows],
-            top_p=top_p[rows],
-            min_p=min_p[rows],
-            seed=seed[rows],
-            position=position[rows],
-        )
+        return draw(logits_SV[rows], **{name: x[rows] for name, x in columns.items()})
 
     together = of(torch.arange(len(kinds)))
     order = torch.randperm(len(kinds), generator=generator)
@@ -244,3 +247,15 @@ def test_gumbel_of_a_token_does_not_depend_on_which_others_are_asked_for() -> No
     everything = gumbel(seed, position, torch.arange(1000)[None])[0]
     some = torch.tensor([[999, 3, 500, 0]])
     assert torch.equal(gumbel(seed, position, some)[0], everything[some[0]])
+
+
+def test_gumbel_uses_all_bits_of_its_key() -> None:
+    """Of 300,000 keys cut to 32 bits about ten would share their noise with another."""
+    num_rows = 300_000
+    tokens = torch.arange(4).expand(num_rows, -1)
+    for seeds, positions in (
+        (torch.arange(num_rows), torch.zeros(num_rows, dtype=torch.int64)),
+        (torch.arange(num_rows) << 32, torch.arange(num_rows)),
+    ):
+        noise = gumbel(seeds, positions, tokens)
+        assert len(torch.unique(noise, dim=0)) == num_rows

@@ -23,7 +23,7 @@ def base_url(app: FastAPI) -> Iterator[str]:
     """A server on a port of its own, in a thread, until the test is over."""
     with socket.create_server(("127.0.0.1", 0)) as sock:
         server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None))
-        thread = threading.Thread(target=asyncio.run, args=[server.serve([sock])])
+        thread = threading.Thread(target=asyncio.run, args=[server.serve([sock])], daemon=True)
         thread.start()
         # The socket listens already: a client that comes too early just waits for its answer.
         yield f"http://127.0.0.1:{sock.getsockname()[1]}/v1"

@@ -199,6 +199,19 @@ async def test_beginning_of_a_stop_string_is_given_out_in_the_end(
     assert [d.get("content") for d in deltas] == ["", *"nearly ", "EN", None]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_stop_string_that_only_the_end_makes_certain(
+    client: httpx.AsyncClient, engine: Any, completion: Any, events_of: Any, stream: bool
+) -> None:
+    """The bytes of "é" could have gone on to be another character."""
+    engine.say("café", FinishReason.LENGTH)
+    response = await client.post(COMPLETIONS, json=completion(stop="é", stream=stream))
+    answers = events_of(response.text)[:-1] if stream else [response.json()]
+    choices = [answer["choices"][0] for answer in answers]
+    assert "".join(choice["text"] for choice in choices) == "caf"
+    assert choices[-1]["finish_reason"] == "stop"
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     text=st.text(st.sampled_from("ab<é🙂"), max_size=12),

@@ -1,0 +1,136 @@
+"""The arena's size, and the longest sequence it holds: exact, and honest when it's too small."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from bezel.engine import memory
+from bezel.engine.config import EngineConfig
+from bezel.engine.errors import ConfigError
+from bezel.engine.kv_layout import KVLayout
+from bezel.engine.memory import arena_bytes, max_model_len
+
+CPU = torch.device("cpu")
+POSITIONS = 1000
+LAYOUT = KVLayout(
+    window=20, local_page_size=8, global_page_size=32, local_page_bytes=600, global_page_bytes=400
+)
+SECTOR = 1200  # two local pages or three global ones
+
+layouts = st.builds(
+    KVLayout,
+    window=st.integers(1, 70),
+    local_page_size=st.sampled_from([8, 16]),
+    global_page_size=st.sampled_from([32, 64]),
+    local_page_bytes=st.integers(1, 12).map(lambda n: n * 100),
+    global_page_bytes=st.integers(1, 12).map(lambda n: n * 100),
+)
+
+
+def holds(layout: KVLayout, num_tokens: int, num_bytes: int) -> bool:
+    """Whether the pages of every length up to `num_tokens` fit, each kind in its own sectors."""
+    for n in range(1, num_tokens + 1):
+        first = max(0, n - layout.window + 1) // layout.local_page_size
+        local = (n - 1) // layout.local_page_size + 1 - first
+        global_ = (n - 1) // layout.global_page_size + 1
+        sectors = -(-local // layout.local_pages_per_sector)
+        sectors += -(-global_ // layout.global_pages_per_sector)
+        if sectors * layout.sector_bytes > num_bytes:
+            return False
+    return True
+
+
+def test_the_flag_is_the_arena() -> None:
+    config = EngineConfig(kv_cache_memory_bytes=12_345)
+    assert arena_bytes(config, LAYOUT, POSITIONS, CPU) == 12_345
+
+
+def test_a_quarter_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_available_cpu_bytes", lambda: 100_000)
+    assert arena_bytes(EngineConfig(), LAYOUT, POSITIONS, CPU) == 25_000
+
+
+def test_no_more_than_all_sequences_could_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 tokens: 4 local pages in 2 sectors, 32 global ones in 11. 100 tokens: 2 and 2."""
+    monkeypatch.setattr(memory, "_available_cpu_bytes", lambda: 10**12)
+    assert arena_bytes(EngineConfig(max_num_seqs=3), LAYOUT, POSITIONS, CPU) == 3 * 13 * SECTOR
+    config = EngineConfig(max_num_seqs=3, max_model_len=100)
+    assert arena_bytes(config, LAYOUT, POSITIONS, CPU) == 3 * 4 * SECTOR
+
+
+def test_available_memory_is_within_a_containers_limit(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    meminfo.write_text("MemTotal:  9000 kB\nMemAvailable:    5000 kB\n")
+    files = {"/proc/meminfo": meminfo, "/sys/fs/cgroup/memory.max": limit}
+    monkeypatch.setattr(memory, "Path", lambda name: files[name])
+    for text, expected in (("max\n", 5000 * 1024), ("4096\n", 4096), ("99999999\n", 5000 * 1024)):
+        limit.write_text(text)
+        assert memory._available_cpu_bytes() == expected
+    limit.unlink()
+    assert memory._available_cpu_bytes() == 5000 * 1024
+
+
+@given(layout=layouts, num_sectors=st.integers(0, 40))
+def test_promises_fit_at_every_length_on_the_way(layout: KVLayout, num_sectors: int) -> None:
+    num_bytes = num_sectors * layout.sector_bytes + layout.sector_bytes // 2
+    if holds(layout, 2, num_bytes):
+        assert holds(layout, max_model_len(EngineConfig(), layout, 300, num_bytes), num_bytes)
+    else:
+        with pytest.raises(ConfigError, match="hold 0 tokens"):
+            max_model_len(EngineConfig(), layout, 300, num_bytes)
+
+
+def test_never_longer_than_the_model_or_the_flag() -> None:
+    assert max_model_len(EngineConfig(), LAYOUT, POSITIONS, 10**9) == POSITIONS
+    assert max_model_len(EngineConfig(max_model_len=77), LAYOUT, POSITIONS, 10**9) == 77
+
+
+def test_an_arena_of_some_sectors() -> None:
+    """4 local pages take 2 sectors, and 3 more hold 9 global pages of 32 tokens."""
+    assert max_model_len(EngineConfig(), LAYOUT, POSITIONS, 5 * SECTOR) == 9 * 32
+    assert max_model_len(EngineConfig(), LAYOUT, POSITIONS, 5 * SECTOR + SECTOR - 1) == 9 * 32
+    # One sector for two local pages, one for three global pages: 16 tokens.
+    assert max_model_len(EngineConfig(), LAYOUT, POSITIONS, 2 * SECTOR) == 16
+
+
+@given(layout=layouts, wanted=st.integers(2, 300), num_sectors=st.integers(0, 10))
+def test_the_error_names_the_number_of_bytes_that_would_do(
+    layout: KVLayout, wanted: int, num_sectors: int
+) -> None:
+    config, num_bytes = EngineConfig(max_model_len=wanted), num_sectors * layout.sector_bytes
+    try:
+        assert max_model_len(config, layout, POSITIONS, num_bytes) == wanted
+    except ConfigError as error:
+        found = re.search(r"--kv-cache-memory-bytes (\d+)", error.message)
+        assert found is not None
+        needed = int(found[1])
+        assert needed > num_bytes
+        assert max_model_len(config, layout, POSITIONS, needed) == wanted
+        with pytest.raises(ConfigError):
+            max_model_len(config, layout, POSITIONS, needed - 1)
+
+
+def test_the_error_in_words() -> None:
+    with pytest.raises(ConfigError) as raised:
+        max_model_len(EngineConfig(max_model_len=1000), LAYOUT, POSITIONS, 5 * SECTOR)
+    assert raised.value.message == (
+        "6,000 bytes for KV pages hold 288 tokens of one sequence; "
+        "1,000 tokens need --kv-cache-memory-bytes 15600"
+    )
+
+
+def test_an_arena_for_nothing_is_an_error_without_the_flag_too() -> None:
+    with pytest.raises(ConfigError, match=r"2 tokens need --kv-cache-memory-bytes 2400"):
+        max_model_len(EngineConfig(), LAYOUT, POSITIONS, SECTOR)
+
+
+@pytest.mark.parametrize("wanted", [-1, 0, 1, POSITIONS + 1])
+def test_lengths_the_model_has_no_positions_for(wanted: int) -> None:
+    with pytest.raises(ConfigError, match=f"--max-model-len {wanted} is not between 2 and"):
+        max_model_len(EngineConfig(max_model_len=wanted), LAYOUT, POSITIONS, 10**9)
