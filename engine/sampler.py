@@ -31,7 +31,9 @@ class Sampler:
 
         token_ids: list[int] = sample(
             logits_NV,
-            temperature_S=column([0.0 if p.is_greedy else p.temperature for p in params], torch.float32),
+            temperature_S=column(
+                [0.0 if p.is_greedy else p.temperature for p in params], torch.float32
+            ),
             top_k_S=column([p.top_k for p in params], torch.int64),
             top_p_S=column([p.top_p for p in params], torch.float32),
             min_p_S=column([p.min_p for p in params], torch.float32),

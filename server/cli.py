@@ -20,9 +20,14 @@ from bezel.server.version import VERSION
 _MODEL_VARIABLE = "BEZEL_MODEL"
 
 # For the engine process, which inherits them before it loads torch. Threads that wait for each
-# other by spinning make a step ten times slower as soon as another program wants a core; and
-# oneDNN would keep a compiled product for each of 1,024 batch shapes, at a quarter MiB a piece.
-_ENGINE_VARIABLES = {"OMP_WAIT_POLICY": "passive", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+# other by spinning for long make a step ten times slower as soon as another program wants a core;
+# and oneDNN, and torch on top of it, would each keep a compiled product for the last 1,024 shapes
+# of a batch, so that memory grew for hours.
+_ENGINE_VARIABLES = {
+    "GOMP_SPINCOUNT": "1000",
+    "LRU_CACHE_CAPACITY": "64",
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
+}
 
 
 class _Parser(argparse.ArgumentParser):

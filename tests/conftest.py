@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 # As `bezel serve` does, before torch is loaded: see server/cli.py.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 import torch
