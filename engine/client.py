@@ -6,6 +6,7 @@ process is started, after a pause that doubles with each failure.
 """
 
 import asyncio
+import atexit
 import logging
 import multiprocessing
 import tempfile
@@ -87,6 +88,10 @@ class EngineClient:
             ConfigError: the engine can't start with this configuration.
         """
         await self._spawn()
+        # Whoever forgets `shutdown` should get to an end all the same: multiprocessing, whose own
+        # exit handler is there by now and so comes after this one, would wait for a process that
+        # ignores SIGTERM, and ZeroMQ for its socket.
+        atexit.register(self._abandon)
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
 
     async def generate(
@@ -131,7 +136,8 @@ class EngineClient:
         if self._is_ready and self._process is not None:
             self._send(Shutdown())
             await asyncio.to_thread(self._process.join, SHUTDOWN_GRACE_S)
-        self._reap()
+        await self._reap()
+        atexit.unregister(self._abandon)
         self._context.destroy(linger=0)
         self._folder.cleanup()
 
@@ -177,7 +183,7 @@ class EngineClient:
     async def _restart(self) -> None:
         pause_s = 1.0
         while not self._is_ready:
-            self._reap()
+            await self._reap()
             self.num_restarts += 1
             try:
                 await self._spawn()
@@ -220,9 +226,15 @@ class EngineClient:
         # Without a high-water mark the message is queued at once; there is nothing to wait for.
         self._socket.send(msgspec.msgpack.encode(message))
 
-    def _reap(self) -> None:
+    def _abandon(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+        self._context.destroy(linger=0)
+
+    async def _reap(self) -> None:
         if self._gone is not None:
             self._gone.cancel()
+            await asyncio.gather(self._gone, return_exceptions=True)
             self._gone = None
         if self._process is not None:
             self._process.kill()
@@ -236,15 +248,15 @@ class EngineClient:
 
 async def _end_of(process: SpawnProcess) -> None:
     """Wait until a process has ended, which makes its sentinel readable."""
-    loop = asyncio.get_running_loop()
+    loop, sentinel = asyncio.get_running_loop(), process.sentinel
     ended = loop.create_future()
 
     def on_readable() -> None:
-        loop.remove_reader(process.sentinel)
+        loop.remove_reader(sentinel)
         ended.set_result(None)
 
-    loop.add_reader(process.sentinel, on_readable)
+    loop.add_reader(sentinel, on_readable)
     try:
         await ended
     finally:
-        loop.remove_reader(process.sentinel)
+        loop.remove_reader(sentinel)

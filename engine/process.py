@@ -34,8 +34,10 @@ def run_engine(config: EngineConfig, address: str) -> None:
     # Here, not above: the API process imports this module too, and stays free of torch.
     from bezel.engine.core import Engine
 
-    # Ctrl-C reaches every process of a terminal; when to stop is the parent's decision.
+    # Ctrl-C reaches every process of a terminal, and a service manager's SIGTERM every process of
+    # a service; when to stop is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.set_hwm(0)

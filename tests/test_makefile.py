@@ -20,7 +20,7 @@ def planned(tmp_path: Path) -> Callable[..., str]:
     """What make would run in a folder where nothing is set up yet."""
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
 
     def plan(*arguments: str, **variables: str) -> str:
         done = subprocess.run(

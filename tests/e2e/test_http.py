@@ -8,7 +8,6 @@ import random
 import re
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
@@ -180,9 +179,9 @@ def test_memory_is_flat_over_500_requests(server: Server) -> None:
     server.wait_idle()
     for which, kib in zip(("server", "engine"), zip(*sizes, strict=True), strict=True):
         growth_kib = [new - old for old, new in itertools.pairwise(kib)]
-        # The heap may still take a step or two, for a larger batch than all before; what leaks
-        # grows in every round.
-        assert statistics.median(growth_kib) < 1024, f"{which} grew by {growth_kib} KiB"
+        # The heap may still take a step, for a larger batch than all before, or for another
+        # compiled product; what leaks grows in every round.
+        assert sorted(growth_kib)[1] < 1024, f"{which} grew by {growth_kib} KiB"
 
 
 def test_200_clients_that_vanish_leave_nothing_behind(server: Server) -> None:

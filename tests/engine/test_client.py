@@ -3,6 +3,8 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -171,7 +173,7 @@ def test_shutdown_ends_the_process_and_open_streams(small_checkpoint: Path) -> N
 
 def test_the_engine_tells_that_it_is_idle_after_the_last_abort(small_checkpoint: Path) -> None:
     async def test(client: EngineClient, stats: list[StepStats]) -> None:
-        stream = client.generate("r", list(range(100)), ENDLESS)
+        stream = client.generate("r", list(range(3, 90)), ENDLESS)
         await anext(stream)
         await stream.aclose()
         while stats[-1].num_running:
@@ -180,3 +182,37 @@ def test_the_engine_tells_that_it_is_idle_after_the_last_abort(small_checkpoint:
         assert stats[-1].num_prefill_tokens == stats[-1].num_decode_tokens == 0
 
     scenario(test, small_checkpoint)
+
+
+def test_a_signal_to_the_whole_service_leaves_the_engine_to_its_parent(
+    small_checkpoint: Path,
+) -> None:
+    async def test(client: EngineClient, stats: list[StepStats]) -> None:
+        stream = client.generate("r", [3], SamplingParams(max_tokens=20, temperature=0.0))
+        await anext(stream)
+        os.kill(process_id(client), signal.SIGTERM)
+        outputs = [output async for output in stream]
+        assert outputs[-1].finish_reason is FinishReason.LENGTH
+        assert client.is_ready and client.num_restarts == 0
+
+    scenario(test, small_checkpoint)
+
+
+def test_a_script_that_forgets_to_shut_down_still_ends(small_checkpoint: Path) -> None:
+    code = f"""
+import asyncio
+from bezel.engine.client import EngineClient
+from bezel.engine.config import EngineConfig
+
+async def main():
+    config = EngineConfig(model={str(small_checkpoint)!r}, kv_cache_memory_bytes=1 << 20)
+    client = EngineClient(config, lambda stats: None)
+    await client.start()
+    return client
+
+if __name__ == "__main__":
+    client = asyncio.run(main())
+"""
+    script = small_checkpoint.parent / "forgetful.py"
+    script.write_text(code)
+    assert subprocess.run([sys.executable, script], timeout=TIMEOUT_S).returncode == 0
