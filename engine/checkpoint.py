@@ -75,13 +75,6 @@ def num_tensors(checkpoint: Checkpoint) -> int:
     return sum(len(_names_in(shard)) for shard in _shards(checkpoint.path))
 
 
-def total_bytes(checkpoint: Checkpoint) -> int:
-    """The size of the files with tensors."""
-    is_gguf = checkpoint.format == "gguf"
-    files = [checkpoint.path] if is_gguf else _shards(checkpoint.path)
-    return sum(file.stat().st_size for file in files)
-
-
 def iterate_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, "torch.Tensor"]]:
     """Read one tensor after the other: as stored from safetensors, in float32 from GGUF.
 

@@ -99,7 +99,6 @@ class Engine:
         """Compute one step. Call only while `has_work`."""
         started = time.perf_counter()
         step = self.scheduler.schedule()
-        scheduled = time.perf_counter()
         assert step.sequences, "there is work, but nothing could be scheduled"
         token_ids = self.sampler.sample(self.runner.run(step), step.sampled)
         sampled = self.scheduler.commit(step, token_ids)
@@ -111,12 +110,12 @@ class Engine:
             )
             for sequence, token_id in zip(sampled, token_ids, strict=True)
         ]
-        stats = self._stats(step, time.perf_counter() - started, scheduled - started)
+        stats = self._stats(step, time.perf_counter() - started)
         return StepOutput(outputs=outputs, stats=stats)
 
     def report(self) -> StepOutput:
         """The state as it is, without computing anything."""
-        return StepOutput(outputs=[], stats=self._stats(ScheduledStep(), 0.0, 0.0))
+        return StepOutput(outputs=[], stats=self._stats(ScheduledStep(), 0.0))
 
     def generate(
         self, prompts: SequenceOf[list[int]], params: SamplingParams | list[SamplingParams]
@@ -131,7 +130,7 @@ class Engine:
                 tokens[output.request_id] += output.token_ids
         return list(tokens.values())
 
-    def _stats(self, step: ScheduledStep, step_s: float, schedule_s: float) -> StepStats:
+    def _stats(self, step: ScheduledStep, step_s: float) -> StepStats:
         used = self.pool.used
         num_prefill = sum(s.num_tokens for s in step.sequences if s.is_prefill)
         return StepStats(
@@ -143,7 +142,6 @@ class Engine:
             num_decode_tokens=step.num_tokens - num_prefill,
             num_preemptions=step.num_preemptions,
             step_seconds=step_s,
-            schedule_seconds=schedule_s,
         )
 
 

@@ -76,7 +76,6 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     num_decode_tokens: int
     num_preemptions: int
     step_seconds: float
-    schedule_seconds: float
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):

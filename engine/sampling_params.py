@@ -34,14 +34,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         # Dividing by less than this makes infinities of logits; vLLM draws the same line.
         return self.temperature < 1e-5
 
-    @property
-    def has_penalties(self) -> bool:
-        return (
-            self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-            or self.repetition_penalty != 1.0
-        )
-
     def validate(self, vocab_size: int) -> None:
         """Check every range.
 

@@ -78,7 +78,6 @@ def stats(**changes: float) -> StepStats:
         "num_decode_tokens": 2,
         "num_preemptions": 1,
         "step_seconds": 0.0042,
-        "schedule_seconds": 0.0001,
     }
     return StepStats(**(values | changes))
 

@@ -108,13 +108,10 @@ def test_message_says_the_range_and_the_value(options: dict[str, Any], message: 
     assert raised.value.message == message
 
 
-def test_greedy_and_penalties() -> None:
+def test_a_temperature_too_small_to_divide_by_is_greedy() -> None:
     assert SamplingParams(max_tokens=1, temperature=0.0).is_greedy
+    assert SamplingParams(max_tokens=1, temperature=1e-38).is_greedy
     assert not SamplingParams(max_tokens=1, temperature=0.01).is_greedy
-    assert not SamplingParams(max_tokens=1).has_penalties
-    for penalty in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
-        options: dict[str, Any] = {penalty: 0.5}
-        assert SamplingParams(max_tokens=1, **options).has_penalties
 
 
 def test_every_field_survives_the_way_to_the_engine_process() -> None:
