@@ -101,7 +101,9 @@ class Scheduler:
                 if budget == 0:
                     break
                 budget -= self._schedule_running(sequence, budget, step, chosen)
-        if not step.num_preemptions:
+        # After a preemption the pages are spoken for, unless the last to run has preempted itself:
+        # its pages lay scattered over sectors that it fills when it starts afresh.
+        if not step.num_preemptions or not chosen:
             self._admit(budget, chosen)
         step.sequences = sorted(chosen.values(), key=lambda scheduled: scheduled.num_tokens > 1)
         return step

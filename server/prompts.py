@@ -47,11 +47,12 @@ async def completion_prompts(
     if isinstance(prompts[0], str):
         if "" in prompts:
             raise InvalidRequest("prompt must not be empty.", "prompt")
-        num_chars = sum(map(len, prompts))
-        return await _off_loop(
-            num_chars, "prompt", lambda: [tokenizer.encode(prompt) for prompt in prompts]
+        texts, num_chars = prompts, sum(map(len, prompts))
+        prompts = await _off_loop(
+            num_chars, "prompt", lambda: [tokenizer.encode(text) for text in texts]
         )
     for token_ids in prompts:
+        # Of texts too: Gemma 3's tokenizer knows an image token that its text models don't.
         if min(token_ids) < 0 or max(token_ids) >= vocab_size:
             raise InvalidRequest(
                 f"prompt holds a token id outside 0 to {vocab_size - 1}.", "prompt"

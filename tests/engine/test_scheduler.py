@@ -6,6 +6,7 @@ read exactly the tokens its attention needs, in the order in which layers read a
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,6 +98,22 @@ def test_the_last_to_come_is_preempted_and_starts_again_in_order() -> None:
     assert preempted > 0
     assert sequences[-1].keys() == {"b"}, "the first to come finishes first"
     assert scheduler.pool.used == PageCount(0, 0)
+
+
+def test_a_lone_sequence_whose_pages_lie_scattered_starts_afresh_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    scheduler = make_scheduler()
+    sequence = make_sequence(scheduler, "a", 30, max_tokens=20)
+    scheduler.add(sequence)
+    run_step(scheduler)
+    can_allocate = scheduler.pool.can_allocate
+    answers = iter([False])
+    monkeypatch.setattr(
+        scheduler.pool, "can_allocate", lambda wanted: next(answers, can_allocate(wanted))
+    )
+    step = run_step(scheduler)
+    assert (step.num_preemptions, plan(step)) == (1, {"a": (0, 31)})
 
 
 def test_stop_tokens_lengths_and_min_tokens_end_a_sequence() -> None:

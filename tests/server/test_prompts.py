@@ -56,3 +56,11 @@ async def test_every_token_id_is_checked(tokenizer: Any) -> None:
     assert await completion_prompts(tokenizer, request, 11) == [[0, 9], [3, 10]]
     with pytest.raises(InvalidRequest, match="outside 0 to 9"):
         await completion_prompts(tokenizer, request, 10)
+
+
+async def test_so_are_the_token_ids_of_texts(tokenizer: Any) -> None:
+    """A tokenizer may know tokens that the model has no embedding for."""
+    request = CompletionRequest(model="tiny", prompt="ab")
+    assert await completion_prompts(tokenizer, request, 257) == [[256, 97, 98]]
+    with pytest.raises(InvalidRequest, match="outside 0 to 255"):
+        await completion_prompts(tokenizer, request, 256)
