@@ -155,10 +155,11 @@ class EngineClient:
         self._socket.bind(address)
         # A spawned process starts clean: forking one with threads and an event loop would not.
         spawn = multiprocessing.get_context("spawn")
-        self._process = spawn.Process(
+        process = spawn.Process(
             target=run_engine, args=(self._config, address), name="bezel-engine", daemon=True
         )
-        self._process.start()
+        process.start()
+        self._process = process
         self._gone = asyncio.create_task(_end_of(self._process), name="engine-watch")
         message = await self._receive()
         if message is None:
@@ -172,9 +173,13 @@ class EngineClient:
     async def _supervise(self) -> None:
         """Read until the process is gone, then replace it; for as long as the server lives."""
         while True:
-            while (message := await self._receive()) is not None:
-                assert isinstance(message, StepOutput)
-                self._take(message)
+            try:
+                while (message := await self._receive()) is not None:
+                    assert isinstance(message, StepOutput)
+                    self._take(message)
+            except Exception:
+                # Our own mistake, but streams must not wait for ever for nobody to read.
+                logger.exception("what the engine sent could not be taken")
             self._is_ready = False
             logger.error("the engine process ended unexpectedly; starting it again")
             self._fail_streams("The engine stopped unexpectedly and is being restarted.")
@@ -187,7 +192,7 @@ class EngineClient:
             self.num_restarts += 1
             try:
                 await self._spawn()
-            except (EngineUnavailable, ConfigError) as error:
+            except (EngineUnavailable, ConfigError, OSError) as error:
                 logger.error("engine restart failed, next try in %.0f s: %s", pause_s, error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, MAX_RESTART_PAUSE_S)

@@ -69,11 +69,24 @@ class Engine:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    def can_serve(self, request: AddSequence) -> bool:
+        """Whether prompt and output fit, and every token has an embedding.
+
+        The front end has checked it, but perhaps with the limits of an engine that died since.
+        """
+        prompt_ids = request.prompt_ids
+        num_tokens = len(prompt_ids) + request.params.max_tokens
+        return (
+            0 < len(prompt_ids)
+            and num_tokens <= self.runner.max_model_len
+            and 0 <= min(prompt_ids)
+            and max(prompt_ids) < self.runner.model_config.vocab_size
+        )
+
     def add(self, request: AddSequence) -> None:
-        """Queue a sequence. The caller has checked that prompt and output fit `max_model_len`."""
+        """Queue a sequence that the engine `can_serve`."""
+        assert self.can_serve(request)
         params = request.params
-        assert request.prompt_ids, "an empty prompt has nothing to attend to"
-        assert len(request.prompt_ids) + params.max_tokens <= self.runner.max_model_len
         eos = frozenset() if params.ignore_eos else self._eos_token_ids
         self._num_added += 1
         sequence = Sequence(

@@ -16,10 +16,13 @@ from bezel.engine.config import EngineConfig
 from bezel.engine.errors import ConfigError
 from bezel.engine.messages import (
     AddSequence,
+    FinishReason,
     FinishSequence,
     FromEngine,
+    SequenceOutput,
     Shutdown,
     StartFailed,
+    StepOutput,
     ToEngine,
 )
 
@@ -60,7 +63,7 @@ def _serve(engine: "Engine", socket: "zmq.Socket[bytes]") -> None:
             message = decoder.decode(socket.recv())
             if isinstance(message, Shutdown):
                 return
-            _handle(engine, message)
+            _handle(engine, socket, message)
         if engine.has_work:
             _send(socket, engine.step())
         elif was_busy:
@@ -69,11 +72,19 @@ def _serve(engine: "Engine", socket: "zmq.Socket[bytes]") -> None:
         was_busy = engine.has_work
 
 
-def _handle(engine: "Engine", message: AddSequence | FinishSequence) -> None:
-    if isinstance(message, AddSequence):
+def _handle(
+    engine: "Engine", socket: "zmq.Socket[bytes]", message: AddSequence | FinishSequence
+) -> None:
+    if isinstance(message, FinishSequence):
+        engine.finish(message.request_id, message.reason)
+    elif engine.can_serve(message):
         engine.add(message)
     else:
-        engine.finish(message.request_id, message.reason)
+        refusal = SequenceOutput(
+            request_id=message.request_id, token_ids=[], finish_reason=FinishReason.ERROR
+        )
+        report = engine.report()
+        _send(socket, StepOutput(outputs=[refusal], stats=report.stats))
 
 
 def _send(socket: "zmq.Socket[bytes]", message: FromEngine) -> None:

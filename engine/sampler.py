@@ -18,9 +18,9 @@ class Sampler:
 
     def sample(self, logits_NV: Tensor, sequences: list[Sequence]) -> list[int]:
         """One token id per row; `logits_NV` (float32) is changed in place."""
-        logits_NV[:, self._suppressed] = -torch.inf
         for logits_V, sequence in zip(logits_NV, sequences, strict=True):
             _adjust(logits_V, sequence)
+        logits_NV[:, self._suppressed] = -torch.inf
         params = [sequence.params for sequence in sequences]
         if all(p.is_greedy for p in params):
             greedy: list[int] = logits_NV.argmax(-1).tolist()

@@ -48,7 +48,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check("min_p", self.min_p, 0.0, 1.0)
         _check("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
-        _check("repetition_penalty", self.repetition_penalty, 0.0, None, open_low=True)
+        # Beyond these a float32 logit becomes 0 or infinite, and nothing can be drawn from it.
+        _check("repetition_penalty", self.repetition_penalty, 0.001, 1000.0)
         if self.seed is not None:
             _check("seed", self.seed, -(2**63), 2**63 - 1)
         for token_id in self.stop_token_ids:

@@ -31,7 +31,9 @@ logger = logging.getLogger("bezel")
 # Put inside a spelled-out control token, and cut out before tokenizing: a code point that Unicode
 # reserves for such uses and that no text may contain.
 _BREAK = "\ufdd0"
-_CONTROL_LIKE = re.compile(r"<[^<>\s]+>|\[[^\[\]\s]+\]")
+# A bracket and what it may open. Only the bracket is taken, so that brackets around a control token
+# don't hide it.
+_CONTROL_LIKE = re.compile(r"(?=(<[^<>\s]+>|\[[^\[\]\s]+\]))[<\[]")
 
 
 class Tokenizer:
@@ -139,5 +141,4 @@ class Tokenizer:
         return value
 
     def _break(self, match: re.Match[str]) -> str:
-        found = match[0]
-        return found[0] + _BREAK + found[1:] if found in self._control_tokens else found
+        return match[0] + _BREAK if match[1] in self._control_tokens else match[0]

@@ -65,7 +65,8 @@ def sample(
 
 def _contenders(logits_SV: Tensor) -> Tensor:
     """Tokens that noise could lift above a row's largest logit: few, as a rule, of many."""
-    could_win_SV = logits_SV >= logits_SV.amax(-1, keepdim=True) - NOISE_RANGE
+    # Not `>=`: a row of NaN, the model's fault, still has to give some token.
+    could_win_SV = ~(logits_SV < logits_SV.amax(-1, keepdim=True) - NOISE_RANGE)
     return could_win_SV.any(0).nonzero()[:, 0].expand(len(logits_SV), -1)
 
 

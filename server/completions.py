@@ -26,7 +26,7 @@ from bezel.server.unsupported import check_extra_fields
 async def create_chat_completion(body: ChatCompletionRequest, request: Request) -> Response:
     """Answer a conversation."""
     model = _check(state_of(request), body)
-    prompts = [await chat_prompt(model.tokenizer, body)]
+    prompts = [await chat_prompt(model.tokenizer, body, model.engine.info.vocab_size)]
     return await _respond(request, body, model, prompts, ChatAnswer, "messages")
 
 

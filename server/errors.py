@@ -54,7 +54,8 @@ class Problem:
     def as_object(self) -> dict[str, Any]:
         return {
             "error": {
-                "message": self.message,
+                # It may quote half of a surrogate pair, which JSON can spell and UTF-8 can't hold.
+                "message": self.message.encode("utf-8", "replace").decode(),
                 "type": self.type,
                 "param": self.param,
                 "code": self.code,

@@ -17,7 +17,9 @@ _MAX_CHARS_ON_LOOP = 8192
 _RESERVED_KWARGS = frozenset({"messages", "tools", "add_generation_prompt"})
 
 
-async def chat_prompt(tokenizer: Tokenizer, request: ChatCompletionRequest) -> list[int]:
+async def chat_prompt(
+    tokenizer: Tokenizer, request: ChatCompletionRequest, vocab_size: int
+) -> list[int]:
     """Render the messages with the checkpoint's template, up to where the model answers.
 
     Raises:
@@ -28,11 +30,13 @@ async def chat_prompt(tokenizer: Tokenizer, request: ChatCompletionRequest) -> l
     if reserved := _RESERVED_KWARGS & template_kwargs.keys():
         name = f"chat_template_kwargs.{min(reserved)}"
         raise InvalidRequest(f"{name} can't be set.", name)
-    return await _off_loop(
+    token_ids = await _off_loop(
         sum(len(message["content"]) for message in messages),
         "messages",
         lambda: tokenizer.render_chat(messages, template_kwargs=template_kwargs),
     )
+    _check_token_ids(token_ids, vocab_size, "messages")
+    return token_ids
 
 
 async def completion_prompts(
@@ -52,12 +56,16 @@ async def completion_prompts(
             num_chars, "prompt", lambda: [tokenizer.encode(text) for text in texts]
         )
     for token_ids in prompts:
-        # Of texts too: Gemma 3's tokenizer knows an image token that its text models don't.
-        if min(token_ids) < 0 or max(token_ids) >= vocab_size:
-            raise InvalidRequest(
-                f"prompt holds a token id outside 0 to {vocab_size - 1}.", "prompt"
-            )
+        _check_token_ids(token_ids, vocab_size, "prompt")
     return prompts
+
+
+def _check_token_ids(token_ids: list[int], vocab_size: int, param: str) -> None:
+    """Of texts too: Gemma 3's tokenizer knows an image token that its text models don't."""
+    if not token_ids:
+        raise InvalidRequest(f"{param} must not be empty.", param)
+    if min(token_ids) < 0 or max(token_ids) >= vocab_size:
+        raise InvalidRequest(f"{param} holds a token id outside 0 to {vocab_size - 1}.", param)
 
 
 async def _off_loop(num_chars: int, param: str, tokenize: Callable[[], T]) -> T:

@@ -216,3 +216,42 @@ if __name__ == "__main__":
     script = small_checkpoint.parent / "forgetful.py"
     script.write_text(code)
     assert subprocess.run([sys.executable, script], timeout=TIMEOUT_S).returncode == 0
+
+
+def test_a_sequence_that_does_not_fit_ends_alone(small_checkpoint: Path) -> None:
+    """As after a restart into less memory, with limits that the front end has not heard of yet."""
+
+    async def test(client: EngineClient, stats: list[StepStats]) -> None:
+        too_long = SamplingParams(max_tokens=5000, temperature=0.0)
+        for prompt, params in (([3], too_long), ([3, 300], GREEDY), ([], GREEDY)):
+            outputs = await collect(client, "r", prompt, params)
+            assert [(o.token_ids, o.finish_reason) for o in outputs] == [([], FinishReason.ERROR)]
+        answer = await collect(client, "fine", [3], GREEDY)
+        assert answer[-1].finish_reason is FinishReason.LENGTH
+        assert client.num_restarts == 0
+
+    scenario(test, small_checkpoint)
+
+
+def test_a_failure_to_take_a_step_ends_streams_and_restarts(small_checkpoint: Path) -> None:
+    async def test() -> None:
+        fail = [True]
+
+        def on_step(stats: StepStats) -> None:
+            if fail and fail.pop():
+                raise RuntimeError("a mistake of ours")
+
+        client = EngineClient(config(small_checkpoint), on_step)
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                await client.start()
+                with pytest.raises(EngineUnavailable):
+                    await collect(client, "r", [3], GREEDY)
+                while not client.is_ready:
+                    await asyncio.sleep(0.01)
+                answer = await collect(client, "again", [3], GREEDY)
+                assert answer[-1].finish_reason is FinishReason.LENGTH
+        finally:
+            await client.shutdown()
+
+    asyncio.run(test())

@@ -67,6 +67,8 @@ def test_values_on_the_bounds_are_fine(options: dict[str, Any]) -> None:
         ("frequency_penalty", 2.01),
         ("frequency_penalty", -math.inf),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-50),
+        ("repetition_penalty", 1e39),
         ("repetition_penalty", -1.0),
         ("repetition_penalty", math.nan),
         ("repetition_penalty", math.inf),
@@ -97,7 +99,7 @@ def test_values_beyond_are_refused_by_name(field: str, value: Any) -> None:
         (dict(max_tokens=-4), "max_tokens must be at least 1, got -4."),
         (
             dict(repetition_penalty=math.inf),
-            "repetition_penalty must be greater than 0.0, got inf.",
+            "repetition_penalty must be at least 0.001 and at most 1000.0, got inf.",
         ),
     ],
     ids=["both-bounds", "open-bound", "lower-bound-only", "infinity"],

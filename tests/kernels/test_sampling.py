@@ -259,3 +259,15 @@ def test_gumbel_uses_all_bits_of_its_key() -> None:
     ):
         noise = gumbel(seeds, positions, tokens)
         assert len(torch.unique(noise, dim=0)) == num_rows
+
+
+@pytest.mark.parametrize("cut", [dict(), dict(top_k=5), dict(top_p=0.5), dict(min_p=0.5)])
+def test_a_row_of_nan_gives_some_token_and_harms_no_other(cut: dict[str, Any]) -> None:
+    """One row at a time, as with a whole vocabulary, and together."""
+    logits_SV = torch.randn(3, 300, generator=torch.Generator().manual_seed(2))
+    expected = draw(logits_SV, seed=[1, 2, 3], **cut).tolist()
+    logits_SV[1] = torch.nan
+    tokens = draw(logits_SV, seed=[1, 2, 3], **cut).tolist()
+    assert (tokens[0], tokens[2]) == (expected[0], expected[2])
+    assert 0 <= tokens[1] < 300
+    assert 0 <= draw(logits_SV[1:2], **cut).item() < 300

@@ -1,5 +1,6 @@
 """Which status and which words an exception becomes."""
 
+import json
 from typing import Any
 
 import pytest
@@ -57,6 +58,11 @@ def test_others_are_logged_and_hidden(error: Exception, caplog: Any) -> None:
     assert (problem.status, problem.code) == (500, "internal_error")
     assert "secret" not in problem.message
     assert "secret" in caplog.text
+
+
+def test_half_a_surrogate_pair_can_be_told_of() -> None:
+    body = json.loads(bytes(error_response(ModelNotFound("\ud800")).body))
+    assert body["error"]["code"] == "model_not_found"
 
 
 def test_when_to_come_back() -> None:

@@ -35,7 +35,9 @@ async def test_long_prompts_leave_the_event_loop(
     assert prompts == [[256, *b"x" * (num_chars - 1)], [256, *b"y"]]
     messages = [{"role": "user", "content": "x" * num_chars}]
     request = ChatCompletionRequest(model="tiny", messages=messages)
-    assert len(await chat_prompt(tokenizer, request)) == 1 + num_chars + len("user:\nassistant:")
+    assert len(await chat_prompt(tokenizer, request, 258)) == 1 + num_chars + len(
+        "user:\nassistant:"
+    )
     assert [thread is threading.current_thread() for thread in threads] == [on_loop] * 3
 
 
@@ -47,7 +49,7 @@ async def test_template_kwargs_can_not_replace_ours(tokenizer: Any, name: str) -
         chat_template_kwargs={"x": 1, name: []},
     )
     with pytest.raises(InvalidRequest) as error:
-        await chat_prompt(tokenizer, request)
+        await chat_prompt(tokenizer, request, 258)
     assert error.value.param == f"chat_template_kwargs.{name}"
 
 
@@ -64,3 +66,7 @@ async def test_so_are_the_token_ids_of_texts(tokenizer: Any) -> None:
     assert await completion_prompts(tokenizer, request, 257) == [[256, 97, 98]]
     with pytest.raises(InvalidRequest, match="outside 0 to 255"):
         await completion_prompts(tokenizer, request, 256)
+    messages = [{"role": "user", "content": "ab"}]
+    chat = ChatCompletionRequest(model="tiny", messages=messages)
+    with pytest.raises(InvalidRequest, match="messages holds a token id outside 0 to 255"):
+        await chat_prompt(tokenizer, chat, 256)
