@@ -15,7 +15,7 @@ from bezel.engine.errors import (
     Overloaded,
     PromptTooLong,
 )
-from bezel.server.errors import GenerationFailed, ModelNotFound, problem_of
+from bezel.server.errors import GenerationFailed, ModelNotFound, error_response, problem_of
 
 
 @pytest.mark.parametrize(
