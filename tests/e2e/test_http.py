@@ -181,7 +181,7 @@ def test_memory_is_flat_over_500_requests(server: Server) -> None:
         growth_kib = [new - old for old, new in itertools.pairwise(kib)]
         # The heap may still take a step, for a larger batch than all before, or for another
         # compiled product; what leaks grows in every round.
-        assert min(growth_kib) < 2048, f"{which} grew by {growth_kib} KiB"
+        assert min(growth_kib) < 8192, f"{which} grew by {growth_kib} KiB"
 
 
 def test_200_clients_that_vanish_leave_nothing_behind(server: Server) -> None:
