@@ -1,16 +1,16 @@
 """What the model computes in one step, as tensors.
 
-Tokens of all sequences stand in one row, without padding; sequences with a single token first:
+Tokens of all sequences stand in one row, without padding; sequences that decode come first:
 
     cu_seqlens_q   0   1   2   3               3+n₁                3+n₁+n₂
     tokens         [d0][d1][d2][--- chunk 0 ---][----- chunk 1 -----]
                    num_decodes = 3
 
-T tokens   S sequences   P entries of a page table   N tokens whose logits are wanted
+T tokens   S sequences   C sequences with a chunk   P, R entries of a page table
+N tokens whose logits are wanted
 """
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -37,58 +37,117 @@ class PageInputs:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Device inputs of a step; offsets and lengths also stand on the host, for the chunks."""
+    """Device inputs of a step (int64), and on the host what launches need to know.
+
+    The first `num_decodes` sequences have `decode_q_len` tokens each. `cu_seqlens_q_C1` holds the
+    offsets of the other sequences' chunks, counted from the first chunk's first token; the longest
+    chunk has `max_q_len` tokens. Without `sampled_rows_N` the logits of all rows are wanted.
+    """
 
     token_ids_T: Tensor
     positions_T: Tensor
-    num_decodes: int
-    cu_seqlens_q: list[int]
-    seq_lens: list[int]
     seq_lens_S: Tensor
     local: PageInputs
     global_: PageInputs
-    sampled_rows_N: Tensor
+    num_decodes: int
+    decode_q_len: int = 1
+    cu_seqlens_q_C1: Tensor | None = None
+    max_q_len: int = 0
+    sampled_rows_N: Tensor | None = None
 
     @property
-    def chunk_cu_seqlens_q(self) -> list[int]:
-        """Offsets of the chunks, counted from the first chunk's first token."""
-        return [offset - self.num_decodes for offset in self.cu_seqlens_q[self.num_decodes :]]
+    def num_decode_tokens(self) -> int:
+        return self.num_decodes * self.decode_q_len
 
     @property
-    def chunk_seq_lens(self) -> list[int]:
-        return self.seq_lens[self.num_decodes :]
+    def has_chunks(self) -> bool:
+        return self.num_decodes < len(self.seq_lens_S)
 
     @classmethod
     def build(cls, step: ScheduledStep, layout: KVLayout, device: torch.device) -> "Batch":
-        """Lay out a scheduled step."""
+        """Lay out a scheduled step; everything goes to the device in one transfer."""
         scheduled = step.sequences
-        cu_seqlens_q = np.cumsum([0, *(s.num_tokens for s in scheduled)]).tolist()
-        seq_lens = [s.end for s in scheduled]
-        token_ids = [t for s in scheduled for t in s.sequence.token_ids[s.start : s.end]]
-        sampled = [
-            end - 1 for s, end in zip(scheduled, cu_seqlens_q[1:], strict=True) if s.is_sampled
-        ]
-
-        def to_device(values: Any) -> Tensor:
-            return torch.from_numpy(np.asarray(values, dtype=np.int64)).to(device)
-
-        return cls(
-            token_ids_T=to_device(token_ids),
-            positions_T=to_device(np.concatenate([_positions(s) for s in scheduled])),
-            num_decodes=sum(s.num_tokens == 1 for s in scheduled),
-            cu_seqlens_q=cu_seqlens_q,
-            seq_lens=seq_lens,
-            seq_lens_S=to_device(seq_lens),
-            local=PageInputs(
-                to_device([s.local_read_table for s in scheduled]),
-                to_device(np.concatenate([_local_slots(s, layout) for s in scheduled])),
-            ),
-            global_=PageInputs(
-                to_device(_global_tables(scheduled)),
-                to_device(np.concatenate([_global_slots(s, layout) for s in scheduled])),
-            ),
-            sampled_rows_N=to_device(sampled),
+        num_decodes = sum(s.num_tokens == 1 for s in scheduled)
+        offsets = np.cumsum([0, *(s.num_tokens for s in scheduled)])
+        sampled = [end - 1 for s, end in zip(scheduled, offsets[1:], strict=True) if s.is_sampled]
+        tensors = _send(
+            [
+                *row_arrays(scheduled, layout),
+                global_tables(scheduled),
+                offsets[num_decodes:] - num_decodes,
+                np.asarray(sampled, dtype=np.int64),
+            ],
+            device,
         )
+        batch = cls.of_rows(tensors[:6], tensors[6], num_decodes)
+        max_q_len = max((s.num_tokens for s in scheduled[num_decodes:]), default=0)
+        return replace(
+            batch, cu_seqlens_q_C1=tensors[7], sampled_rows_N=tensors[8], max_q_len=max_q_len
+        )
+
+    @classmethod
+    def of_rows(
+        cls, rows: list[Tensor], global_table_SP: Tensor, num_decodes: int, decode_q_len: int = 1
+    ) -> "Batch":
+        """A batch without chunks from tensors in the order of `row_arrays`; all rows sampled."""
+        token_ids_T, positions_T, local_slots_T, global_slots_T, seq_lens_S, local_table_SR = rows
+        return cls(
+            token_ids_T=token_ids_T,
+            positions_T=positions_T,
+            seq_lens_S=seq_lens_S,
+            local=PageInputs(local_table_SR, local_slots_T),
+            global_=PageInputs(global_table_SP, global_slots_T),
+            num_decodes=num_decodes,
+            decode_q_len=decode_q_len,
+        )
+
+    @classmethod
+    def idle_chunk(cls, num_tokens: int, layout: KVLayout, device: torch.device) -> "Batch":
+        """One chunk that stores nothing and reads page 0, to warm up with."""
+        numbers = np.arange(num_tokens)
+        nowhere = np.full(num_tokens, NO_SLOT)
+        ring = np.zeros((1, layout.ring_size), dtype=np.int64)
+        table = np.zeros((1, layout.num_global_pages(num_tokens)), dtype=np.int64)
+        ends = np.asarray([num_tokens])
+        tensors = _send(
+            [numbers * 0, numbers, nowhere, nowhere, ends, ring, table, np.append(0, ends)], device
+        )
+        batch = cls.of_rows(tensors[:6], tensors[6], num_decodes=0)
+        return replace(batch, cu_seqlens_q_C1=tensors[7], max_q_len=num_tokens)
+
+
+def row_arrays(scheduled: list[ScheduledSequence], layout: KVLayout) -> list[Ints]:
+    """Token ids, positions, local slots and global slots of every token; lengths and local page
+    tables of every sequence."""
+    return [
+        np.concatenate([s.sequence.token_ids[s.start : s.end] for s in scheduled]),
+        np.concatenate([_positions(s) for s in scheduled]),
+        np.concatenate([_local_slots(s, layout) for s in scheduled]),
+        np.concatenate([_global_slots(s, layout) for s in scheduled]),
+        np.asarray([s.end for s in scheduled]),
+        np.asarray([s.local_read_table for s in scheduled]),
+    ]
+
+
+def global_tables(scheduled: list[ScheduledSequence]) -> Ints:
+    """Global page tables, as wide as the longest."""
+    tables = [s.sequence.pages.global_table for s in scheduled]
+    padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
+    for row, table in zip(padded, tables, strict=True):
+        row[: len(table)] = table
+    return padded
+
+
+def pinned(array: Ints, device: torch.device) -> Tensor:
+    """`array` as a host tensor that a GPU fetches without making the host wait."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def _send(arrays: list[Ints], device: torch.device) -> list[Tensor]:
+    packed = pinned(np.concatenate([array.ravel() for array in arrays]), device)
+    parts = packed.to(device, non_blocking=True).split([array.size for array in arrays])
+    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
 
 def _positions(scheduled: ScheduledSequence) -> Ints:
@@ -110,11 +169,3 @@ def _global_slots(scheduled: ScheduledSequence, layout: KVLayout) -> Ints:
     size = layout.global_page_size
     slots: Ints = table[positions // size] * size + positions % size
     return slots
-
-
-def _global_tables(scheduled: list[ScheduledSequence]) -> Ints:
-    tables = [s.sequence.pages.global_table for s in scheduled]
-    padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
-    for row, table in zip(padded, tables, strict=True):
-        row[: len(table)] = table
-    return padded

@@ -47,6 +47,9 @@ class EngineConfig:
     gpu_memory_utilization: float = option(
         0.92, "Share of a GPU's memory to use for weights and KV pages together"
     )
+    enforce_eager: bool = option(
+        False, "Launch every kernel of a decode step on its own instead of replaying CUDA graphs"
+    )
     enable_prefix_caching: bool = option(
         True, "Accepted for compatibility: the prefix cache itself comes in a later version"
     )

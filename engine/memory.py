@@ -8,19 +8,53 @@ import torch
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import ConfigError
 from bezel.engine.kv_layout import KVLayout
+from bezel.engine.model_config import ModelConfig
 
+FLOAT32_BYTES = 4
+LOGITS_COPIES = 3  # as computed, adjusted, and scaled by temperature
+WORKSPACE_BYTES = 1 << 30  # cuBLAS, CUDA graphs, what the allocator can't join
 CPU_SHARE = 0.25  # of available memory: the arena fills only as it is used, but never shrinks
 
 
 def arena_bytes(
-    config: EngineConfig, layout: KVLayout, max_positions: int, device: torch.device
+    config: EngineConfig,
+    layout: KVLayout,
+    max_positions: int,
+    device: torch.device,
+    reserved_bytes: int = 0,
 ) -> int:
-    """Bytes for KV pages: the flag, or a share of free memory, but no more than could be used."""
+    """Bytes for KV pages: the flag, or a share of free memory, but no more than could be used.
+
+    `reserved_bytes` of free memory are left for what steps compute.
+    """
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
     longest = min(config.max_model_len or max_positions, max_positions)
     per_sequence = layout.num_sectors(layout.peak_pages(longest)) * layout.sector_bytes
-    return min(_free_bytes(config, device), per_sequence * config.max_num_seqs)
+    free_bytes = max(0, _free_bytes(config, device) - reserved_bytes)
+    return min(free_bytes, per_sequence * config.max_num_seqs)
+
+
+def activation_bytes(config: EngineConfig, model: ModelConfig, value_bytes: int) -> int:
+    """Memory that the largest step takes beside weights and pages: an upper estimate.
+
+    Of what one layer computes for all tokens of a step, as if nothing were freed in between; of
+    the logits and the sampler's copies of them for all sequences; and of libraries' workspaces.
+    """
+    attention = max(
+        (2 * shape.num_heads + 4 * shape.num_kv_heads) * shape.head_dim
+        for shape in (model.local, model.global_)
+    )
+    feed_forward = 3 * max(layer.intermediate_size for layer in model.layers)
+    residuals = 8 * model.hidden_size
+    per_layer = 3 * len(model.layers) * model.per_layer_input_size
+    routed = 0
+    if model.moe is not None:
+        routed = model.moe.top_k * (model.hidden_size + model.moe.intermediate_size)
+    per_token = (attention + feed_forward + residuals + per_layer + routed) * value_bytes
+    per_sequence = model.vocab_size * (value_bytes + LOGITS_COPIES * FLOAT32_BYTES)
+    sampled = config.max_num_seqs * per_sequence
+    return config.max_num_batched_tokens * per_token + sampled + WORKSPACE_BYTES
 
 
 def max_model_len(
@@ -72,7 +106,14 @@ def _available_cpu_bytes() -> int:
     if meminfo.exists():  # its figure counts what caches would give up
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         available = int(lines["MemAvailable"].split()[0]) * 1024
-    limit = Path("/sys/fs/cgroup/memory.max")
-    if limit.exists() and (text := limit.read_text().strip()).isdigit():
-        available = min(available, int(text))
-    return available
+    return min(available, _container_bytes(Path("/sys/fs/cgroup"), available))
+
+
+def _container_bytes(cgroup: Path, unlimited: int) -> int:
+    """What a container's limit (cgroup v2) leaves, file caches counted as free."""
+    limit_file = cgroup / "memory.max"
+    if not limit_file.exists() or not (limit := limit_file.read_text().strip()).isdigit():
+        return unlimited
+    used = int((cgroup / "memory.current").read_text())
+    stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+    return max(0, int(limit) - used + int(stat.get("inactive_file", 0)))

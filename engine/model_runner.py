@@ -11,16 +11,19 @@ from tqdm import tqdm
 from bezel.engine.batch import Batch
 from bezel.engine.checkpoint import Checkpoint, iterate_tensors, num_tensors
 from bezel.engine.config import EngineConfig
+from bezel.engine.decode_graphs import DecodeGraphs, capture_sizes
 from bezel.engine.errors import ConfigError
 from bezel.engine.kv_cache import KVCache
 from bezel.engine.kv_layout import KVLayout
-from bezel.engine.memory import arena_bytes, max_model_len
+from bezel.engine.memory import activation_bytes, arena_bytes, max_model_len
 from bezel.engine.model_config import ModelConfig
 from bezel.engine.models.registry import build_model
 from bezel.engine.scheduler import ScheduledStep
 from bezel.engine.weights import load_weights
 
 logger = logging.getLogger("bezel")
+
+IDLE_CHUNK = 256  # tokens of the chunk that compiles the prefill kernels
 
 
 class ModelRunner:
@@ -33,23 +36,57 @@ class ModelRunner:
         started = time.monotonic()
         self.model = build_model(self.model_config, self.dtype, self.device)
         load_weights(self.model, _with_progress(checkpoint))
+        self.model.after_loading()
         logger.info("loaded %s in %.1f s", checkpoint.name, time.monotonic() - started)
         self.layout = KVLayout.for_model(self.model_config, self.dtype.itemsize, config.block_size)
         positions = self.model_config.max_position_embeddings
-        num_bytes = arena_bytes(config, self.layout, positions, self.device)
+        reserved_bytes = 0
+        if self.device.type == "cuda":
+            reserved_bytes = activation_bytes(config, self.model_config, self.dtype.itemsize)
+        num_bytes = arena_bytes(config, self.layout, positions, self.device, reserved_bytes)
         self.max_model_len = max_model_len(config, self.layout, positions, num_bytes)
         self.arena_bytes = num_bytes
         self.kv_cache = KVCache(self.model_config, self.layout, num_bytes, self.dtype, self.device)
+        self.decode_graphs: DecodeGraphs | None = None
+        if self.device.type == "cuda":
+            self._warm_up(config)
 
     @property
     def num_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @torch.inference_mode()
     def run(self, step: ScheduledStep) -> Tensor:
-        """Compute a step; logits_NV (float32) of its sampled sequences. Call in inference mode."""
+        """Compute a step; logits_NV (float32) of its sampled sequences."""
+        if self.decode_graphs is not None and self.decode_graphs.takes(step):
+            return self._logits(self.decode_graphs.run(step))
         batch = Batch.build(step, self.layout, self.device)
-        hidden_TD = self.model(batch, self.kv_cache)
-        logits_NV: Tensor = self.model.compute_logits(hidden_TD[batch.sampled_rows_N])
+        hidden_TD = self._hidden(batch)
+        if batch.sampled_rows_N is not None:
+            hidden_TD = hidden_TD[batch.sampled_rows_N]
+        return self._logits(hidden_TD)
+
+    @torch.inference_mode()
+    def _warm_up(self, config: EngineConfig) -> None:
+        """Compile the kernels of a chunk, and record decode steps unless told not to."""
+        started = time.monotonic()
+        self._hidden(Batch.idle_chunk(IDLE_CHUNK, self.layout, self.device))
+        if not config.enforce_eager:
+            self.decode_graphs = DecodeGraphs(
+                self._hidden,
+                self.layout,
+                capture_sizes(config.max_num_seqs),
+                self.max_model_len,
+                self.device,
+            )
+        logger.info("warmed up in %.1f s", time.monotonic() - started)
+
+    def _hidden(self, batch: Batch) -> Tensor:
+        hidden_TD: Tensor = self.model(batch, self.kv_cache)
+        return hidden_TD
+
+    def _logits(self, hidden_ND: Tensor) -> Tensor:
+        logits_NV: Tensor = self.model.compute_logits(hidden_ND)
         return logits_NV
 
 

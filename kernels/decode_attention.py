@@ -1,28 +1,75 @@
-"""Attention of one query token per sequence over paged keys and values.
+"""Attention of each sequence's last few query tokens over paged keys and values.
 
-    o[s, h] = softmax(scale · q[s, h] · K[s]ᵀ) V[s]       over positions [first(s), seq_lens[s])
+    o[t, h] = softmax(scale · q[t, h] · Kᵀ) V       over positions (p(t) − window, p(t)]
 
-with first = 0, or seq_lens − window on local layers; the query is the last of those positions and
-its key is already in its page. Query heads h·H/G … share kv head g.
+A step has `q_len` queries per sequence: one to decode, several to verify a draft. Query t of a
+sequence stands at p(t) = seq_len − q_len + t and its key is already in its page. Query heads
+h·H/G … share kv head g. A sequence of length 0 is padding: its output is zero.
 
-    q_SHC            C values per key
+    q_THC            T = S · q_len, sequence by sequence; C values per key
     k_cache_PBGC     v_cache_PBGK, or None: then V is the first `value_dim` values of the key row
     page_table_SP    int64; a ring when `window` is given (see kv_pages.position_slots)
-    seq_lens_S       int64, the query included
-    → o_SHK          dtype of q; softmax in float32
+    seq_lens_S       int64, the queries included
+    → o_THK          dtype of q; scores, softmax and sums in float32
 
-Sequences of like length are computed together, so a long one doesn't pad the short ones.
+The reference computes sequences of like length together, so a long one doesn't pad the short ones.
+
+The kernel gives a program one split of one sequence's positions and one kv head; its rows are the
+q_len × H/G queries of that head, so keys and values are read once for all of them:
+
+    positions   0 ... |first     split 3       |     split 4       |  split 5   seq_len
+                      [..BLOCK_N|BLOCK_N|BLOCK_N][BLOCK_N|BLOCK_N|BLOCK_N][BLOCK_N|..]
+    program             (3, g, s)                  (4, g, s)            (5, g, s)
+
+Splits begin at multiples of a length that only the sequence's own length determines, and a second
+kernel adds them up in order: a sequence's output doesn't depend on its batch. The grid holds as
+many splits as a page table has room for, whatever the lengths are; programs without positions
+return at once. A sequence that is a single split is written without the second kernel's help.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bezel.kernels.decode_combine import Splits, combine_splits, live_splits
+from bezel.kernels.jit import runs_triton, tile_family, tl, triton
 from bezel.kernels.kv_pages import gather_kv, position_slots
 
+_LOG2_E = 1.4426950408889634
 
-def decode_attention(
-    q_SHC: Tensor,
+
+def _reference(
+    q_THC: Tensor,
+    k_cache_PBGC: Tensor,
+    v_cache_PBGK: Tensor | None,
+    page_table_SP: Tensor,
+    seq_lens_S: Tensor,
+    scale: float,
+    window: int | None,
+    value_dim: int,
+    q_len: int,
+) -> Tensor:
+    num_tokens, num_heads, width = q_THC.shape
+    q_SQHC = q_THC.reshape(-1, q_len, num_heads, width)
+    out_SQHK = q_THC.new_zeros(num_tokens // q_len, q_len, num_heads, value_dim)
+    for rows in _rows_of_like_length(seq_lens_S, window, q_len):
+        out_SQHK[rows] = _padded_attention(
+            q_SQHC[rows],
+            k_cache_PBGC,
+            v_cache_PBGK,
+            page_table_SP[rows],
+            seq_lens_S[rows],
+            scale,
+            window,
+            value_dim,
+        )
+    return out_SQHK.flatten(0, 1)
+
+
+def _padded_attention(
+    q_SQHC: Tensor,
     k_cache_PBGC: Tensor,
     v_cache_PBGK: Tensor | None,
     page_table_SP: Tensor,
@@ -31,53 +78,342 @@ def decode_attention(
     window: int | None,
     value_dim: int,
 ) -> Tensor:
-    num_seqs, num_heads, _ = q_SHC.shape
-    first_S = torch.zeros_like(seq_lens_S) if window is None else (seq_lens_S - window).clamp_min(0)
-    out_SHK = q_SHC.new_empty(num_seqs, num_heads, value_dim)
-    for rows in _rows_of_like_length((seq_lens_S - first_S).tolist()):
-        out_SHK[rows] = _padded_attention(
-            q_SHC[rows],
-            k_cache_PBGC,
-            v_cache_PBGK,
-            page_table_SP[rows],
-            first_S[rows],
-            seq_lens_S[rows],
-            scale,
-            value_dim,
-        )
-    return out_SHK
-
-
-def _padded_attention(
-    q_SHC: Tensor,
-    k_cache_PBGC: Tensor,
-    v_cache_PBGK: Tensor | None,
-    page_table_SP: Tensor,
-    first_S: Tensor,
-    seq_lens_S: Tensor,
-    scale: float,
-    value_dim: int,
-) -> Tensor:
-    num_seqs, num_heads, width = q_SHC.shape
+    num_seqs, q_len, num_heads, width = q_SQHC.shape
     page_size, num_kv_heads = k_cache_PBGC.shape[1:3]
-    span = torch.arange(int((seq_lens_S - first_S).max()), device=q_SHC.device)
+    group = num_heads // num_kv_heads
+    first_S = _first_positions(seq_lens_S, window, q_len)
+    span = torch.arange(int((seq_lens_S - first_S).max()), device=q_SQHC.device)
     positions_SL = first_S[:, None] + span
-    is_live_SL = positions_SL < seq_lens_S[:, None]
-    # Padding repeats the query's own position: whatever lies in unused slots, NaN included, is
-    # never read, because a zero weight would not cancel it.
+    is_seen_SQL = _is_seen(positions_SL, seq_lens_S, window, q_len)
+    # Padding repeats the last query's own position: whatever lies in unused slots, NaN included,
+    # is never read, because a zero weight would not cancel it.
     positions_SL = torch.minimum(positions_SL, seq_lens_S[:, None] - 1)
     slots_SL = position_slots(positions_SL, page_table_SP, page_size)
     k_SGLC = gather_kv(k_cache_PBGC, slots_SL).transpose(1, 2)
     v_SGLK = k_SGLC if v_cache_PBGK is None else gather_kv(v_cache_PBGK, slots_SL).transpose(1, 2)
-    q_SGRC = q_SHC.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, width)
-    mask = is_live_SL[:, None, None, :]
+    # A kv head's queries are the rows of one product: q_len tokens × H/G heads.
+    q_SGRC = (
+        q_SQHC.view(num_seqs, q_len, num_kv_heads, group, width)
+        .transpose(1, 2)
+        .reshape(num_seqs, num_kv_heads, q_len * group, width)
+    )
+    mask = is_seen_SQL[:, :, None].expand(-1, -1, group, -1).flatten(1, 2)[:, None]
     out = F.scaled_dot_product_attention(q_SGRC, k_SGLC, v_SGLK, attn_mask=mask, scale=scale)
-    return out.reshape(num_seqs, num_heads, -1)[..., :value_dim]
+    out_SGQRK = out[..., :value_dim].view(num_seqs, num_kv_heads, q_len, group, value_dim)
+    return out_SGQRK.transpose(1, 2).flatten(2, 3)
 
 
-def _rows_of_like_length(lengths: list[int]) -> list[list[int]]:
-    """Rows grouped by the power of two their length rounds up to."""
+def _first_positions(seq_lens_S: Tensor, window: int | None, q_len: int) -> Tensor:
+    """The first position that any query of a sequence sees."""
+    if window is None:
+        return torch.zeros_like(seq_lens_S)
+    return (seq_lens_S - q_len + 1 - window).clamp_min(0)
+
+
+def _is_seen(positions_SL: Tensor, seq_lens_S: Tensor, window: int | None, q_len: int) -> Tensor:
+    """Which positions each query sees: S×Q×L."""
+    query = torch.arange(q_len, device=seq_lens_S.device)
+    query_SQ1 = (seq_lens_S[:, None] - q_len + query)[..., None]
+    is_seen = positions_SL[:, None] <= query_SQ1
+    if window is None or q_len == 1:
+        return is_seen
+    return is_seen & (positions_SL[:, None] > query_SQ1 - window)
+
+
+def _rows_of_like_length(seq_lens_S: Tensor, window: int | None, q_len: int) -> list[list[int]]:
+    """Rows grouped by the power of two that the number of positions seen rounds up to."""
     groups: dict[int, list[int]] = {}
-    for row, length in enumerate(lengths):
-        groups.setdefault((length - 1).bit_length(), []).append(row)
+    spans = (seq_lens_S - _first_positions(seq_lens_S, window, q_len)).tolist()
+    for row, span in enumerate(spans):
+        if span:
+            groups.setdefault((span - 1).bit_length(), []).append(row)
     return list(groups.values())
+
+
+@triton.jit
+def _page_ids(
+    table_ptr,
+    start,
+    end,
+    PAGE: tl.constexpr,
+    RING: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Pages of a block's positions, as a column; a single id if every block lies in one page."""
+    if PAGE % BLOCK_N == 0:
+        o_n = start
+    else:
+        o_n = (start + tl.arange(0, BLOCK_N))[:, None]
+    entries = o_n // PAGE
+    if RING > 0:
+        entries = entries % RING
+    return tl.load(table_ptr + entries, mask=o_n < end, other=0)
+
+
+@triton.jit
+def _row_offsets(
+    b_page,
+    start,
+    stride_page,
+    PAGE: tl.constexpr,
+    TOKEN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Offsets of a block's rows, as a column; a token has TOKEN values."""
+    o_n = tl.arange(0, BLOCK_N)[:, None]
+    if PAGE % BLOCK_N == 0:
+        return b_page * stride_page + start % PAGE * TOKEN + o_n * TOKEN
+    return b_page * stride_page + (start + o_n) % PAGE * TOKEN
+
+
+@triton.jit
+def _attend(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    table_ptr,
+    seq_lens_ptr,
+    o_ptr,
+    part_o_ptr,
+    part_lse_ptr,
+    scale_log2,
+    stride_qt,
+    stride_qh,
+    stride_table,
+    stride_page,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    WINDOW: tl.constexpr,
+    Q_LEN: tl.constexpr,
+    RING: tl.constexpr,
+    PAGE: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    TURNED: tl.constexpr,
+    MIN_LEN: tl.constexpr,
+    MAX_COUNT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One split: its part of the output and its log₂-sum-exp, or the output if there is no other.
+
+    `k_ptr` is unused where key rows are packed [V | turned part of K] (TURNED > 0).
+    """
+    ROWS: tl.constexpr = Q_LEN * GROUP
+    ROW_BLOCKS: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    i_s = tl.program_id(2)
+    i_g = tl.program_id(1) // ROW_BLOCKS
+    i_split = tl.program_id(0)
+    seq_len = tl.load(seq_lens_ptr + i_s).to(tl.int32)
+    first, split_len, first_split, num_live = live_splits(
+        seq_len, MIN_LEN, MAX_COUNT, WINDOW, Q_LEN
+    )
+    if i_split >= num_live:
+        return
+
+    # Row r of the block: head r % GROUP of query r // GROUP.
+    i_m = tl.program_id(1) % ROW_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    m_m = i_m < ROWS
+    i_t = i_s * Q_LEN + i_m // GROUP
+    i_h = i_g * GROUP + i_m % GROUP
+    position_m = seq_len - Q_LEN + i_m // GROUP
+    o_v = tl.arange(0, BLOCK_V)
+    m_v = o_v < VALUE_DIM
+    o_q = i_t.to(tl.int64) * stride_qt + i_h * stride_qh
+    # [BLOCK_M, BLOCK_V]
+    m_q = m_m[:, None] & m_v[None, :]
+    b_q = tl.load(q_ptr + o_q[:, None] + o_v[None, :], mask=m_q, other=0.0)
+    if TURNED > 0:
+        o_r = tl.arange(0, BLOCK_R)
+        m_r = o_r < TURNED
+        # [BLOCK_M, BLOCK_R]
+        b_qr = tl.load(
+            q_ptr + o_q[:, None] + (VALUE_DIM + o_r)[None, :],
+            mask=m_m[:, None] & m_r[None, :],
+            other=0.0,
+        )
+
+    b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BLOCK_M], tl.float32)
+    b_o = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    begin = tl.maximum((first_split + i_split) * split_len, first // BLOCK_N * BLOCK_N)
+    end = tl.minimum((first_split + i_split + 1) * split_len, seq_len)
+    table_ptr += i_s.to(tl.int64) * stride_table
+    WIDTH: tl.constexpr = VALUE_DIM + TURNED
+    TOKEN: tl.constexpr = NUM_HEADS // GROUP * WIDTH
+    k_ptr += i_g * WIDTH
+    v_ptr += i_g * WIDTH
+    b_page = _page_ids(table_ptr, begin, end, PAGE, RING, BLOCK_N)
+    for start in range(begin, end, BLOCK_N):
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_n = (o_n >= first) & (o_n < end)
+        o_kv = _row_offsets(b_page, start, stride_page, PAGE, TOKEN, BLOCK_N)
+        # Page ids come one block ahead: keys that wait for a load of their own block would not be
+        # fetched in advance.
+        b_page = _page_ids(table_ptr, start + BLOCK_N, end, PAGE, RING, BLOCK_N)
+        m_nv = m_n[:, None] & m_v[None, :]
+        # [BLOCK_M, BLOCK_V] · [BLOCK_V, BLOCK_N]
+        if TURNED > 0:
+            b_v = tl.load(v_ptr + o_kv + o_v[None, :], mask=m_nv, other=0.0)
+            b_s = tl.dot(b_q, tl.trans(b_v), input_precision="ieee")
+            b_kr = tl.load(
+                v_ptr + o_kv + (VALUE_DIM + o_r)[None, :],
+                mask=m_n[:, None] & m_r[None, :],
+                other=0.0,
+            )
+            b_s = tl.dot(b_qr, tl.trans(b_kr), acc=b_s, input_precision="ieee")
+        else:
+            b_k = tl.load(k_ptr + o_kv + o_v[None, :], mask=m_nv, other=0.0)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
+            b_v = tl.load(v_ptr + o_kv + o_v[None, :], mask=m_nv, other=0.0)
+        m_mn = m_n[None, :]
+        if Q_LEN > 1:
+            m_mn = m_mn & (o_n[None, :] <= position_m[:, None])
+            if WINDOW > 0:
+                m_mn = m_mn & (o_n[None, :] > position_m[:, None] - WINDOW)
+        b_s = tl.where(m_mn, b_s * scale_log2, float("-inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_s, 1))
+        # A row may have seen nothing yet: −∞ − −∞ is not a number.
+        b_safe_max = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+        b_p = tl.exp2(b_s - b_safe_max[:, None])
+        b_rescale = tl.exp2(b_max - b_safe_max)
+        b_sum = b_sum * b_rescale + tl.sum(b_p, 1)
+        # [BLOCK_M, BLOCK_N] · [BLOCK_N, BLOCK_V]
+        b_o = tl.dot(b_p.to(b_v.dtype), b_v, acc=b_o * b_rescale[:, None], input_precision="ieee")
+        b_max = b_new_max
+
+    b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    i_row = i_t.to(tl.int64) * NUM_HEADS + i_h
+    if num_live == 1:
+        o_out = i_row[:, None] * VALUE_DIM + o_v[None, :]
+        tl.store(o_ptr + o_out, b_o.to(o_ptr.dtype.element_ty), mask=m_q)
+    else:
+        i_part = i_row * tl.num_programs(0) + i_split
+        tl.store(part_o_ptr + i_part[:, None] * VALUE_DIM + o_v[None, :], b_o, mask=m_q)
+        tl.store(part_lse_ptr + i_part, b_max + tl.log2(b_sum), mask=m_m)
+
+
+class _Tile(NamedTuple):
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# By layout of a key, for up to 16 rows and for more: packed; K and V up to 256 wide; wider.
+_TILES = {
+    "sm_80": {
+        "packed": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 2)),
+        "narrow": (_Tile(16, 32, 4, 3), _Tile(32, 32, 4, 3)),
+        "wide": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 2)),
+    },
+    "sm_89": {
+        "packed": (_Tile(16, 16, 4, 2), _Tile(32, 16, 8, 2)),
+        "narrow": (_Tile(16, 32, 4, 2), _Tile(32, 32, 4, 2)),
+        "wide": (_Tile(16, 16, 4, 2), _Tile(32, 16, 8, 2)),
+    },
+    "sm_90": {
+        "packed": (_Tile(16, 32, 4, 3), _Tile(32, 32, 8, 2)),
+        "narrow": (_Tile(16, 32, 4, 3), _Tile(32, 32, 4, 3)),
+        "wide": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 2)),
+    },
+    "sm_100": {
+        "packed": (_Tile(16, 32, 4, 3), _Tile(32, 32, 8, 2)),
+        "narrow": (_Tile(16, 32, 4, 3), _Tile(32, 32, 4, 3)),
+        "wide": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 2)),
+    },
+    "gfx942": {
+        "packed": (_Tile(16, 32, 4, 1), _Tile(32, 32, 4, 1)),
+        "narrow": (_Tile(16, 32, 4, 1), _Tile(32, 32, 4, 1)),
+        "wide": (_Tile(16, 16, 4, 1), _Tile(32, 16, 4, 1)),
+    },
+}
+
+
+def decode_attention(
+    q_THC: Tensor,
+    k_cache_PBGC: Tensor,
+    v_cache_PBGK: Tensor | None,
+    page_table_SP: Tensor,
+    seq_lens_S: Tensor,
+    scale: float,
+    window: int | None,
+    value_dim: int,
+    q_len: int = 1,
+) -> Tensor:
+    """The formula above. Reads no device data on the host, so a CUDA graph can hold it."""
+    if not runs_triton(q_THC):
+        return _reference(
+            q_THC,
+            k_cache_PBGC,
+            v_cache_PBGK,
+            page_table_SP,
+            seq_lens_S,
+            scale,
+            window,
+            value_dim,
+            q_len,
+        )
+    num_tokens, num_heads, width = q_THC.shape
+    num_seqs, num_entries = page_table_SP.shape
+    page_size, num_kv_heads = k_cache_PBGC.shape[1:3]
+    group = num_heads // num_kv_heads
+    turned = width - value_dim
+    assert q_THC.stride(2) == 1 and page_table_SP.stride(1) == 1 and seq_lens_S.is_contiguous()
+    assert num_tokens == num_seqs * q_len
+    assert k_cache_PBGC.stride()[1:] == (num_kv_heads * width, width, 1)
+    if v_cache_PBGK is None:
+        assert turned > 0
+        v_cache_PBGK = k_cache_PBGC
+    else:
+        assert turned == 0 and v_cache_PBGK.stride() == k_cache_PBGC.stride()
+    rows = q_len * group
+    tile = _tile(value_dim, turned > 0, rows)
+    splits = Splits.of(rows, num_kv_heads, window, q_len)
+    num_splits = splits.most(num_entries * page_size)
+    o_THK = q_THC.new_empty(num_tokens, num_heads, value_dim)
+    # A single split needs no parts.
+    part_shape = (num_tokens, num_heads, num_splits if num_splits > 1 else 0)
+    part_o_THIK = q_THC.new_empty(*part_shape, value_dim, dtype=torch.float32)
+    part_lse_THI = q_THC.new_empty(part_shape, dtype=torch.float32)
+    _attend[(num_splits, num_kv_heads * triton.cdiv(rows, tile.block_m), num_seqs)](
+        q_THC,
+        k_cache_PBGC,
+        v_cache_PBGK,
+        page_table_SP,
+        seq_lens_S,
+        o_THK,
+        part_o_THIK,
+        part_lse_THI,
+        scale * _LOG2_E,
+        q_THC.stride(0),
+        q_THC.stride(1),
+        page_table_SP.stride(0),
+        k_cache_PBGC.stride(0),
+        NUM_HEADS=num_heads,
+        GROUP=group,
+        WINDOW=splits.window,
+        Q_LEN=q_len,
+        RING=0 if window is None else num_entries,
+        PAGE=page_size,
+        VALUE_DIM=value_dim,
+        TURNED=turned,
+        MIN_LEN=splits.min_len,
+        MAX_COUNT=splits.max_count,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_V=max(16, triton.next_power_of_2(value_dim)),
+        BLOCK_R=max(16, triton.next_power_of_2(turned)),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    if num_splits > 1:
+        combine_splits(part_o_THIK, part_lse_THI, seq_lens_S, o_THK, splits)
+    return o_THK
+
+
+def _tile(value_dim: int, is_packed: bool, num_rows: int) -> _Tile:
+    layout = "packed" if is_packed else "narrow" if value_dim <= 256 else "wide"
+    few_rows, many_rows = _TILES[tile_family()][layout]
+    return few_rows if num_rows <= few_rows.block_m else many_rows

@@ -5,6 +5,8 @@ from pathlib import Path
 
 # As `bezel serve` does, before torch is loaded: see server/cli.py.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# Kernels are interpreted, on CPU tensors; Triton decides when it is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

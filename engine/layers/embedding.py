@@ -2,7 +2,8 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from bezel.kernels.embedding import scaled_embedding
 
 
 class ScaledEmbedding(nn.Module):
@@ -14,7 +15,7 @@ class ScaledEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_embeddings, dim, dtype=dtype))
 
     def forward(self, token_ids_T: Tensor) -> Tensor:
-        return F.embedding(token_ids_T, self.weight) * self.scale
+        return scaled_embedding(token_ids_T, self.weight, self.scale)
 
 
 def softcap(logits_NV: Tensor, cap: float | None) -> Tensor:

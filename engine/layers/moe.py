@@ -1,29 +1,41 @@
-"""Gemma 4's routed experts: a router on the raw residual, and the experts' stacked weights.
+"""Gemma 4's routed experts beside the dense MLP of a layer.
 
-T tokens   D model width   E experts   F expert width
+The residual y is normed three ways in one pass: for the dense MLP, for the experts, and for the
+router, which reads rms(y) · scale · D^-½. Then
+
+    routed = Σ_j w_j · expert_j(norm_2(y))            dense = mlp(norm_1(y))
+    y' = (y + post_norm(post_norm_1(dense) + post_norm_2(routed))) · scalar
+
+T tokens   D model width   E experts   A experts per token   F expert width
 """
 
 import torch
 from torch import Tensor, nn
 
+from bezel.engine.layers.mlp import GatedMLP
 from bezel.engine.model_config import MoEConfig
-from bezel.kernels.moe import experts, route
-from bezel.kernels.rms_norm import rms_norm
+from bezel.kernels.jit import runs_triton
+from bezel.kernels.moe_mlp import MAX_DENSE_TOKENS, moe_mlp
+from bezel.kernels.moe_route import route
 
 
 class Router(nn.Module):
-    """Scores = proj(rms(x) · scale · D^-½); the norm has no weight of its own."""
+    """Scores of the experts; the norm in front of it is computed together with the others."""
 
-    def __init__(self, hidden_size: int, moe: MoEConfig, eps: float, dtype: torch.dtype) -> None:
+    def __init__(self, hidden_size: int, moe: MoEConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        self.eps, self.top_k = eps, moe.top_k
-        self.scalar = hidden_size**-0.5
+        self.top_k = moe.top_k
         self.scale = nn.Parameter(torch.empty(hidden_size, dtype=dtype))
         self.per_expert_scale = nn.Parameter(torch.empty(moe.num_experts, dtype=dtype))
         self.proj = nn.Linear(hidden_size, moe.num_experts, bias=False, dtype=dtype)
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        normed_TD = rms_norm(x_TD, None, self.eps) * self.scale * self.scalar
+    @property
+    def norm_weight_D(self) -> Tensor:
+        """Float32 weight of the norm whose result `forward` takes."""
+        return self.scale.float() * len(self.scale) ** -0.5
+
+    def forward(self, normed_TD: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert ids chosen_TA and their weights_TA."""
         return route(self.proj(normed_TD), self.per_expert_scale, self.top_k)
 
 
@@ -32,9 +44,24 @@ class Experts(nn.Module):
 
     def __init__(self, hidden_size: int, moe: MoEConfig, dtype: torch.dtype) -> None:
         super().__init__()
-        num, width = moe.num_experts, moe.intermediate_size
-        self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * width, hidden_size, dtype=dtype))
-        self.down_proj = nn.Parameter(torch.empty(num, hidden_size, width, dtype=dtype))
+        num, self.width = moe.num_experts, moe.intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(num, 2 * self.width, hidden_size, dtype=dtype))
+        self.down_proj = nn.Parameter(torch.empty(num, hidden_size, self.width, dtype=dtype))
 
-    def forward(self, x_TD: Tensor, chosen_TA: Tensor, weights_TA: Tensor) -> Tensor:
-        return experts(x_TD, chosen_TA, weights_TA, self.gate_up_proj, self.down_proj)
+    def forward(
+        self, routed_TD: Tensor, dense_TD: Tensor, chosen_TA: Tensor, mlp: GatedMLP
+    ) -> tuple[Tensor, Tensor | None]:
+        """Unweighted rows y_TXD, one per chosen expert, and the dense MLP's output.
+
+        Where the dense MLP takes part in the experts' launch its parts are further rows of y_TXD.
+        """
+        weights = (self.gate_up_proj, self.down_proj)
+        if self._takes(mlp, routed_TD):
+            dense_weights = (mlp.gate_up_proj.weight, mlp.down_proj.weight)
+            return moe_mlp(routed_TD, dense_TD, chosen_TA, *weights, *dense_weights), None
+        return moe_mlp(routed_TD, None, chosen_TA, *weights, None, None), mlp(dense_TD)
+
+    def _takes(self, mlp: GatedMLP, x_TD: Tensor) -> bool:
+        """The dense MLP is as wide as a whole number of experts, and the step is small."""
+        is_multiple = mlp.down_proj.in_features % self.width == 0
+        return runs_triton(x_TD) and is_multiple and len(x_TD) <= MAX_DENSE_TOKENS

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from bezel.kernels.rms_norm import rms_norm
+from bezel.kernels.rms_norm import add_rms_norm, rms_norm
 
 
 class RMSNorm(nn.Module):
@@ -14,5 +14,19 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.empty(dim, dtype=torch.float32))
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return rms_norm(x_TD, self.weight, self.eps)
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def add(
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor,
+        scalar_1: Tensor | None,
+        next_norm_D: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """y = (residual + norm(x)) · scalar, and y normed with `next_norm_D`."""
+        next_norm_1D = None if next_norm_D is None else next_norm_D[None]
+        y_TD, normed_1TD = add_rms_norm(
+            x_TD, self.weight, residual_TD, self.eps, scalar_1, next_norm_1D
+        )
+        return y_TD, None if normed_1TD is None else normed_1TD[0]

@@ -13,12 +13,15 @@ from bezel.engine.kv_cache import KVCache
 from bezel.engine.layers.attention import AttentionContext
 from bezel.engine.layers.embedding import ScaledEmbedding, softcap
 from bezel.engine.layers.norm import RMSNorm
-from bezel.engine.model_config import ModelConfig, RotaryConfig
+from bezel.engine.model_config import AttentionConfig, ModelConfig
+from bezel.kernels.embedding import embed_and_norm
 from bezel.kernels.rotary import rotary_frequencies, rotary_table
 
 
 class Decoder(nn.Module):
-    """Base of the two families, which add their layers and what feeds them."""
+    """Base of the two families, which add their `layers` and what feeds them."""
+
+    layers: nn.ModuleList
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -29,23 +32,37 @@ class Decoder(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
 
+    def after_loading(self) -> None:
+        """Compute what follows from the weights and the configuration, on the weights' device."""
+        device = self.norm.weight.device
+        self.local_frequencies = _frequencies(self.config.local, device)
+        self.global_frequencies = _frequencies(self.config.global_, device)
+
     def compute_logits(self, hidden_ND: Tensor) -> Tensor:
-        """logits_NV in float32, softcapped where the model has a cap."""
+        """logits_NV in float32, softcapped where the model has a cap; `hidden_ND` is normed."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits_NV = F.linear(self.norm(hidden_ND), head.weight).float()
+        logits_NV = F.linear(hidden_ND, head.weight).float()
         return softcap(logits_NV, self.config.final_logit_softcapping)
+
+    def embed(self, token_ids_T: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings x_TD and their norm for the first layer."""
+        first = self.layers[0].input_layernorm
+        return embed_and_norm(
+            token_ids_T, self.embed_tokens.weight, self.embed_tokens.scale, first.weight, first.eps
+        )
+
+    def next_norms(self) -> list[Tensor]:
+        """For each layer the weight of the norm that follows it: each norm is computed together
+        with the sum that it reads."""
+        return [*(layer.input_layernorm.weight for layer in self.layers[1:]), self.norm.weight]
 
     def attention_context(self, batch: Batch, kv_cache: KVCache) -> AttentionContext:
         """The step's shared attention inputs, RoPE tables included."""
         return AttentionContext(
             batch,
             kv_cache,
-            local_rotary=_table(
-                batch.positions_T, self.config.local.rotary, self.config.local.head_dim
-            ),
-            global_rotary=_table(
-                batch.positions_T, self.config.global_.rotary, self.config.global_.head_dim
-            ),
+            local_rotary=rotary_table(batch.positions_T, self.local_frequencies),
+            global_rotary=rotary_table(batch.positions_T, self.global_frequencies),
         )
 
     def is_ignorable(self, name: str) -> bool:
@@ -64,6 +81,8 @@ class Decoder(nn.Module):
         return tensor
 
 
-def _table(positions_T: Tensor, rotary: RotaryConfig, head_dim: int) -> tuple[Tensor, Tensor]:
-    frequencies = rotary_frequencies(rotary.theta, head_dim, rotary.num_frequencies, rotary.factor)
-    return rotary_table(positions_T, frequencies.to(positions_T.device))
+def _frequencies(attention: AttentionConfig, device: torch.device) -> Tensor:
+    rotary = attention.rotary
+    return rotary_frequencies(
+        rotary.theta, attention.head_dim, rotary.num_frequencies, rotary.factor
+    ).to(device)

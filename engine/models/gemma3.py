@@ -25,12 +25,19 @@ class Gemma3Layer(nn.Module):
         self.pre_feedforward_layernorm = RMSNorm(dim, eps)
         self.post_feedforward_layernorm = RMSNorm(dim, eps)
 
-    def forward(self, x_TD: Tensor, context: AttentionContext) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x_TD), context)
-        x_TD = x_TD + self.post_attention_layernorm(attended)
-        fed = self.mlp(self.pre_feedforward_layernorm(x_TD))
-        out_TD: Tensor = x_TD + self.post_feedforward_layernorm(fed)
-        return out_TD
+    def forward(
+        self, x_TD: Tensor, normed_TD: Tensor, next_norm_D: Tensor, context: AttentionContext
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream and its norm for this layer → the same for the next one."""
+        attended = self.self_attn(normed_TD, context)
+        x_TD, normed = self.post_attention_layernorm.add(
+            attended, x_TD, None, self.pre_feedforward_layernorm.weight
+        )
+        x_TD, normed = self.post_feedforward_layernorm.add(
+            self.mlp(normed), x_TD, None, next_norm_D
+        )
+        assert normed is not None
+        return x_TD, normed
 
 
 class Gemma3Decoder(Decoder):
@@ -41,12 +48,12 @@ class Gemma3Decoder(Decoder):
         self.layers = nn.ModuleList(Gemma3Layer(config, layer, dtype) for layer in config.layers)
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """Hidden states x_TD before the final norm."""
+        """Hidden states after the final norm, T×D."""
         context = self.attention_context(batch, kv_cache)
-        x_TD: Tensor = self.embed_tokens(batch.token_ids_T)
-        for layer in self.layers:
-            x_TD = layer(x_TD, context)
-        return x_TD
+        x_TD, normed_TD = self.embed(batch.token_ids_T)
+        for layer, next_norm_D in zip(self.layers, self.next_norms(), strict=True):
+            x_TD, normed_TD = layer(x_TD, normed_TD, next_norm_D, context)
+        return normed_TD
 
     def convert(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.float() + 1.0 if name.endswith("norm.weight") else tensor

@@ -6,7 +6,6 @@ T tokens   D model width   L layers   E per-layer embedding width
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bezel.engine.batch import Batch
 from bezel.engine.kv_cache import KVCache
@@ -17,6 +16,9 @@ from bezel.engine.layers.moe import Experts, Router
 from bezel.engine.layers.norm import RMSNorm
 from bezel.engine.model_config import LayerConfig, ModelConfig
 from bezel.engine.models.decoder import Decoder
+from bezel.kernels.gelu_mul import gelu_times
+from bezel.kernels.moe_combine import combine_experts
+from bezel.kernels.rms_norm import add_rms_norm
 
 
 class Gemma4Layer(nn.Module):
@@ -25,6 +27,7 @@ class Gemma4Layer(nn.Module):
     def __init__(self, config: ModelConfig, layer: LayerConfig, dtype: torch.dtype) -> None:
         super().__init__()
         dim, eps = config.hidden_size, config.rms_norm_eps
+        self.eps = eps
         self.self_attn = Attention(config, layer, dtype)
         self.mlp = GatedMLP(dim, layer.intermediate_size, dtype)
         self.input_layernorm = RMSNorm(dim, eps)
@@ -34,40 +37,86 @@ class Gemma4Layer(nn.Module):
         self.layer_scalar = nn.Parameter(torch.empty(1, dtype=dtype))
         self.has_experts = config.moe is not None
         if config.moe is not None:
-            self.router = Router(dim, config.moe, eps, dtype)
+            self.router = Router(dim, config.moe, dtype)
             self.experts = Experts(dim, config.moe, dtype)
             self.post_feedforward_layernorm_1 = RMSNorm(dim, eps)
             self.pre_feedforward_layernorm_2 = RMSNorm(dim, eps)
             self.post_feedforward_layernorm_2 = RMSNorm(dim, eps)
+        self.has_per_layer_input = config.per_layer_input_size > 0
         if config.per_layer_input_size:
             width = config.per_layer_input_size
             self.per_layer_input_gate = nn.Linear(dim, width, bias=False, dtype=dtype)
             self.per_layer_projection = nn.Linear(width, dim, bias=False, dtype=dtype)
             self.post_per_layer_input_norm = RMSNorm(dim, eps)
 
-    def forward(
-        self, x_TD: Tensor, per_layer_TE: Tensor | None, context: AttentionContext
-    ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(x_TD), context)
-        x_TD = x_TD + self.post_attention_layernorm(attended)
-        x_TD = x_TD + self.post_feedforward_layernorm(self._feed_forward(x_TD))
-        if per_layer_TE is not None:
-            gate_TE = F.gelu(self.per_layer_input_gate(x_TD), approximate="tanh")
-            projected = self.per_layer_projection(gate_TE * per_layer_TE)
-            x_TD = x_TD + self.post_per_layer_input_norm(projected)
-        out_TD: Tensor = x_TD * self.layer_scalar
-        return out_TD
+    def after_loading(self) -> None:
+        """Stack the weights of the norms that read the residual between attention and MLP."""
+        weights = [self.pre_feedforward_layernorm.weight]
+        if self.has_experts:
+            weights += [self.pre_feedforward_layernorm_2.weight, self.router.norm_weight_D]
+        self.middle_norms_ND = torch.stack([weight.data for weight in weights])
 
-    def _feed_forward(self, x_TD: Tensor) -> Tensor:
-        dense_TD: Tensor = self.mlp(self.pre_feedforward_layernorm(x_TD))
-        if not self.has_experts:
-            return dense_TD
-        # The router reads the residual itself: the norm in front of the experts is not its input.
-        chosen, weights = self.router(x_TD)
-        routed_TD = self.experts(self.pre_feedforward_layernorm_2(x_TD), chosen, weights)
-        dense_TD = self.post_feedforward_layernorm_1(dense_TD)
-        mixed_TD: Tensor = dense_TD + self.post_feedforward_layernorm_2(routed_TD)
-        return mixed_TD
+    def forward(
+        self,
+        x_TD: Tensor,
+        normed_TD: Tensor,
+        per_layer_TE: Tensor | None,
+        next_norm_D: Tensor,
+        context: AttentionContext,
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream and its norm for this layer → the same for the next one."""
+        attended = self.self_attn(normed_TD, context)
+        x_TD, normed_NTD = add_rms_norm(
+            attended,
+            self.post_attention_layernorm.weight,
+            x_TD,
+            self.eps,
+            None,
+            self.middle_norms_ND,
+        )
+        assert normed_NTD is not None
+        last = (self.layer_scalar, next_norm_D)
+        after_mlp = (None, None) if self.has_per_layer_input else last
+        feed_forward = self._experts if self.has_experts else self._dense
+        x_TD, next_TD = feed_forward(x_TD, normed_NTD, *after_mlp)
+        if per_layer_TE is not None:
+            gated_TE = gelu_times(self.per_layer_input_gate(x_TD), per_layer_TE)
+            projected_TD = self.per_layer_projection(gated_TE)
+            x_TD, next_TD = self.post_per_layer_input_norm.add(projected_TD, x_TD, *last)
+        assert next_TD is not None
+        return x_TD, next_TD
+
+    def _dense(
+        self,
+        x_TD: Tensor,
+        normed_NTD: Tensor,
+        scalar_1: Tensor | None,
+        next_norm_D: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        fed_TD = self.mlp(normed_NTD[0])
+        return self.post_feedforward_layernorm.add(fed_TD, x_TD, scalar_1, next_norm_D)
+
+    def _experts(
+        self,
+        x_TD: Tensor,
+        normed_NTD: Tensor,
+        scalar_1: Tensor | None,
+        next_norm_D: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        chosen_TA, weights_TA = self.router(normed_NTD[2])
+        y_TXD, dense_TD = self.experts(normed_NTD[1], normed_NTD[0], chosen_TA, self.mlp)
+        return combine_experts(
+            y_TXD,
+            weights_TA,
+            dense_TD,
+            self.post_feedforward_layernorm_2.weight,
+            self.post_feedforward_layernorm_1.weight,
+            self.post_feedforward_layernorm.weight,
+            x_TD,
+            self.eps,
+            scalar_1,
+            next_norm_D,
+        )
 
 
 class Gemma4Decoder(Decoder):
@@ -87,14 +136,23 @@ class Gemma4Decoder(Decoder):
             )
             self.per_layer_projection_norm = RMSNorm(width, config.rms_norm_eps)
 
+    def after_loading(self) -> None:
+        super().after_loading()
+        for layer in self.layers:
+            layer.after_loading()
+        weight = self.embed_tokens.weight
+        self.half_1 = torch.full((1,), 2.0**-0.5, dtype=torch.float32, device=weight.device)
+
     def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """Hidden states x_TD before the final norm."""
+        """Hidden states after the final norm, T×D."""
         context = self.attention_context(batch, kv_cache)
-        x_TD: Tensor = self.embed_tokens(batch.token_ids_T)
+        x_TD, normed_TD = self.embed(batch.token_ids_T)
         per_layer_LTE = self._per_layer_inputs(batch.token_ids_T, x_TD)
-        for layer, per_layer_TE in zip(self.layers, per_layer_LTE, strict=True):
-            x_TD = layer(x_TD, per_layer_TE, context)
-        return x_TD
+        for layer, per_layer_TE, next_norm_D in zip(
+            self.layers, per_layer_LTE, self.next_norms(), strict=True
+        ):
+            x_TD, normed_TD = layer(x_TD, normed_TD, per_layer_TE, next_norm_D, context)
+        return normed_TD
 
     def _per_layer_inputs(
         self, token_ids_T: Tensor, x_TD: Tensor
@@ -103,9 +161,13 @@ class Gemma4Decoder(Decoder):
         num_layers = len(self.config.layers)
         if not self.config.per_layer_input_size:
             return [None] * num_layers
+        width = self.config.per_layer_input_size
         projected = self.per_layer_model_projection(x_TD) * self.config.hidden_size**-0.5
-        projected = projected.view(len(x_TD), num_layers, -1)
-        looked_up = self.embed_tokens_per_layer(token_ids_T).view_as(projected)
-        mixed_TLE = (self.per_layer_projection_norm(projected) + looked_up) * 2.0**-0.5
-        inputs: tuple[Tensor, ...] = mixed_TLE.unbind(1)
+        mixed, _ = self.per_layer_projection_norm.add(
+            projected.view(-1, width),
+            self.embed_tokens_per_layer(token_ids_T).view(-1, width),
+            self.half_1,
+            None,
+        )
+        inputs: tuple[Tensor, ...] = mixed.view(len(x_TD), num_layers, width).unbind(1)
         return inputs

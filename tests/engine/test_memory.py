@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from bezel.engine import memory
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import ConfigError
 from bezel.engine.kv_layout import KVLayout
-from bezel.engine.memory import arena_bytes, max_model_len
+from bezel.engine.memory import activation_bytes, arena_bytes, max_model_len
+from bezel.engine.model_config import ModelConfig
 
 CPU = torch.device("cpu")
 POSITIONS = 1000
@@ -62,18 +64,44 @@ def test_no_more_than_all_sequences_could_use(monkeypatch: pytest.MonkeyPatch) -
     assert arena_bytes(config, LAYOUT, POSITIONS, CPU) == 3 * 4 * SECTOR
 
 
-def test_available_memory_is_within_a_containers_limit(
+def test_reserved_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_available_cpu_bytes", lambda: 100_000)
+    assert arena_bytes(EngineConfig(), LAYOUT, POSITIONS, CPU, 10_000) == 15_000
+    assert arena_bytes(EngineConfig(), LAYOUT, POSITIONS, CPU, 30_000) == 0
+
+
+def test_activations_of_a_published_model(real_configs: dict[str, Any]) -> None:
+    """26B-A4B by hand: 16·512·2 + 2·512·4, 3·2112, 8·2816, 8·(2816 + 704) values a token."""
+    model = ModelConfig.from_hf(real_configs["26B-A4B"])
+    config = EngineConfig(max_num_seqs=10, max_num_batched_tokens=1000)
+    per_token = (16_384 + 4_096 + 6_336 + 22_528 + 28_160) * 2
+    logits = 262_144 * (2 + 3 * 4)
+    expected = 1000 * per_token + 10 * logits + (1 << 30)
+    assert activation_bytes(config, model, value_bytes=2) == expected
+
+
+def test_a_containers_limit_minus_what_it_uses(tmp_path: Path) -> None:
+    """File caches that the system would give up count as free."""
+    assert memory._container_bytes(tmp_path, 7_000) == 7_000
+    (tmp_path / "memory.current").write_text("3000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000\ninactive_file 500\n")
+    for text, expected in (("max\n", 7_000), ("4096\n", 1_596), ("2000\n", 0)):
+        (tmp_path / "memory.max").write_text(text)
+        assert memory._container_bytes(tmp_path, 7_000) == expected
+
+
+def test_available_memory_is_the_smaller_of_system_and_container(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    meminfo, limit = tmp_path / "meminfo", tmp_path / "memory.max"
+    meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:  9000 kB\nMemAvailable:    5000 kB\n")
-    files = {"/proc/meminfo": meminfo, "/sys/fs/cgroup/memory.max": limit}
+    files = {"/proc/meminfo": meminfo, "/sys/fs/cgroup": tmp_path}
     monkeypatch.setattr(memory, "Path", lambda name: files[name])
-    for text, expected in (("max\n", 5000 * 1024), ("4096\n", 4096), ("99999999\n", 5000 * 1024)):
-        limit.write_text(text)
-        assert memory._available_cpu_bytes() == expected
-    limit.unlink()
     assert memory._available_cpu_bytes() == 5000 * 1024
+    (tmp_path / "memory.current").write_text("0\n")
+    (tmp_path / "memory.stat").write_text("")
+    (tmp_path / "memory.max").write_text("4096\n")
+    assert memory._available_cpu_bytes() == 4096
 
 
 @given(layout=layouts, num_sectors=st.integers(0, 40))

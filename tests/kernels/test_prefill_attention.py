@@ -26,6 +26,14 @@ def boundary_chunks(page_size: int, window: int) -> list[Chunk]:
     ]
 
 
+def extents(chunks: list[Chunk]) -> tuple[Tensor, Tensor, int]:
+    """`cu_seqlens_q_S1`, `seq_lens_S` and `max_q_len` of chunks."""
+    lengths = [end - start for start, end in chunks]
+    offsets = [sum(lengths[:i]) for i in range(len(chunks) + 1)]
+    seq_lens = torch.tensor([end for _, end in chunks], dtype=torch.int64)
+    return torch.tensor(offsets), seq_lens, max(lengths, default=0)
+
+
 class Sequences:
     """Random queries, keys and values of each chunk, and keys and values of what precedes it."""
 
@@ -47,12 +55,9 @@ class Sequences:
         self.values = [normal(end, num_kv_heads) for _, end in chunks]
 
     @property
-    def cu_seqlens_q(self) -> list[int]:
-        return [sum(e - s for s, e in self.chunks[:i]) for i in range(len(self.chunks) + 1)]
-
-    @property
-    def seq_lens(self) -> list[int]:
-        return [end for _, end in self.chunks]
+    def extents(self) -> tuple[Tensor, Tensor, int]:
+        """What both kinds of attention are told: offsets, lengths, the longest chunk."""
+        return extents(self.chunks)
 
     def fresh(self, whole: list[Tensor]) -> Tensor:
         """What belongs to the chunks themselves, one after the other."""
@@ -87,8 +92,7 @@ def run_local(
         pages.k_cache_PBGC,
         pages.v_cache_PBGK,
         torch.tensor(tables),
-        sequences.cu_seqlens_q,
-        sequences.seq_lens,
+        *sequences.extents,
         SCALE,
         window,
     )
@@ -97,7 +101,7 @@ def run_local(
 def run_global(make_pages: Callable[..., Any], sequences: Sequences, page_size: int) -> Tensor:
     """Pages hold every position, the chunk's own included."""
     num_kv_heads, dtype = sequences.keys[0].shape[1], sequences.keys[0].dtype
-    num_entries = max(sequences.seq_lens) // page_size + 2
+    num_entries = max(end for _, end in sequences.chunks) // page_size + 2
     num_pages = len(sequences.chunks) * num_entries
     pages = make_pages(num_pages, page_size, num_kv_heads, WIDTH, dtype=dtype)
     tables = [pages.table(num_entries) for _ in sequences.chunks]
@@ -108,8 +112,7 @@ def run_global(make_pages: Callable[..., Any], sequences: Sequences, page_size: 
         pages.k_cache_PBGC,
         pages.v_cache_PBGK,
         torch.tensor(tables),
-        sequences.cu_seqlens_q,
-        sequences.seq_lens,
+        *sequences.extents,
         SCALE,
         WIDTH,
     )
@@ -203,9 +206,9 @@ def test_no_chunks(make_pages: Callable[..., Any]) -> None:
     k_cache, v_cache = pages.k_cache_PBGC, pages.v_cache_PBGK
     tables = torch.empty(0, 2, dtype=torch.int64)
     local = local_prefill_attention(
-        q_THK, kv_TGK, kv_TGK, k_cache, v_cache, tables, [0], [], SCALE, window=7
+        q_THK, kv_TGK, kv_TGK, k_cache, v_cache, tables, *extents([]), SCALE, window=7
     )
-    global_ = global_prefill_attention(q_THK, k_cache, v_cache, tables, [0], [], SCALE, WIDTH)
+    global_ = global_prefill_attention(q_THK, k_cache, v_cache, tables, *extents([]), SCALE, WIDTH)
     assert local.shape == global_.shape == (0, 2, WIDTH)
 
 
@@ -243,8 +246,7 @@ def test_packed_rows_equal_plain_attention_with_keys_turned_from_values(
         pages.k_cache_PBGC,
         None,
         torch.tensor(tables),
-        [0, 9, 10, 20],
-        [9, 8, 18],
+        *extents(chunks),
         0.1,
         head_dim,
     )

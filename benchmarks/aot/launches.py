@@ -1,0 +1,148 @@
+"""Every kind of step of every model, run through the engine itself on torch's meta device.
+
+The engine builds its model, its KV cache and its batches there as it would on a GPU; tensors have
+shapes, strides and alignment, but no memory. Which kernels a step launches, with which tiles and
+constants, is thus the engine's own doing and not a list that somebody keeps.
+
+Sizes are chosen so that each specialisation occurs: a number that is 1, that 16 divides, and
+neither, and for the experts every range of tokens that has tiles of its own.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aot.driver import CompilingDriver
+from bezel.engine.batch import Batch
+from bezel.engine.decode_graphs import DecodeGraphs
+from bezel.engine.kv_cache import KVCache
+from bezel.engine.kv_layout import KVLayout
+from bezel.engine.model_config import ModelConfig
+from bezel.engine.models.registry import build_model
+
+META = torch.device("meta")
+DTYPE = torch.bfloat16
+ARENA_BYTES = 16 << 30  # more than 4 GiB, as on any GPU: AMD's compiler asks
+MAX_MODEL_LEN = 32_768
+PAGE_SIZE = 16
+
+DECODE_SIZES = [1, 4, 16, 64, 128]
+VERIFY_LENGTHS = [4, 8]  # tokens of a sequence when a drafted continuation is checked
+CHUNK_SIZES = [17, 512, 4096]
+
+# What config.json says of a model, other than ModelConfig's defaults.
+_PHONE = {
+    "model_type": "gemma4_text",
+    "num_attention_heads": 8,
+    "hidden_size_per_layer_input": 256,
+    "sliding_window": 512,
+}
+_DESKTOP = {
+    "model_type": "gemma4_text",
+    "hidden_size_per_layer_input": 0,
+    "sliding_window": 1024,
+    "final_logit_softcapping": 30.0,
+    "attention_k_eq_v": True,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "270M": {
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 18,
+        "hidden_size": 640,
+        "intermediate_size": 2048,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "vocab_size": 262_144,
+        "sliding_window": 512,
+    },
+    "E2B": _PHONE
+    | {
+        "num_hidden_layers": 35,
+        "sliding_window_pattern": 5,
+        "hidden_size": 1536,
+        "intermediate_size": 6144,
+        "num_key_value_heads": 1,
+        "num_kv_shared_layers": 20,
+        "use_double_wide_mlp": True,
+    },
+    "E4B": _PHONE
+    | {
+        "num_hidden_layers": 42,
+        "hidden_size": 2560,
+        "intermediate_size": 10_240,
+        "num_key_value_heads": 2,
+        "num_kv_shared_layers": 18,
+    },
+    "12B": _DESKTOP
+    | {
+        "num_hidden_layers": 48,
+        "hidden_size": 3840,
+        "intermediate_size": 15_360,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 1,
+    },
+    "26B-A4B": _DESKTOP
+    | {
+        "num_hidden_layers": 30,
+        "hidden_size": 2816,
+        "intermediate_size": 2112,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 2,
+        "enable_moe_block": True,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "moe_intermediate_size": 704,
+    },
+    "31B": _DESKTOP
+    | {
+        "num_hidden_layers": 60,
+        "hidden_size": 5376,
+        "intermediate_size": 21_504,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 16,
+        "num_global_key_value_heads": 4,
+    },
+}
+
+
+@torch.inference_mode()
+def launch_everything(driver: CompilingDriver) -> list[str]:
+    """Compile all that the models launch; which steps of which models failed, and why."""
+    failures = []
+    for model, config in CONFIGS.items():
+        for step, compute in _steps(ModelConfig.from_hf(config)):
+            driver.user = (model, step)
+            try:
+                compute()
+            except Exception as error:
+                failures.append(f"{driver.architecture} {model} {step}: {error!r}")
+    return failures
+
+
+def _steps(config: ModelConfig) -> Iterator[tuple[str, Callable[[], object]]]:
+    model = build_model(config, DTYPE, META)
+    model.after_loading()
+    layout = KVLayout.for_model(config, DTYPE.itemsize, PAGE_SIZE)
+    kv_cache = KVCache(config, layout, ARENA_BYTES, DTYPE, META)
+
+    def forward(batch: Batch) -> Tensor:
+        hidden_TD: Tensor = model(batch, kv_cache)
+        logits_NV: Tensor = model.compute_logits(hidden_TD)
+        return logits_NV
+
+    yield "decode", lambda: DecodeGraphs(
+        forward, layout, DECODE_SIZES, MAX_MODEL_LEN, META, capture=_compute_once
+    )
+    for num_tokens in CHUNK_SIZES:
+        yield "prefill", lambda: forward(Batch.idle_chunk(num_tokens, layout, META))
+
+
+def _compute_once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """In place of recording a graph."""
+    compute()
+    return compute

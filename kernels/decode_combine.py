@@ -1,0 +1,142 @@
+"""How decode attention cuts a sequence into splits, and the output of their parts.
+
+    o = Σᵢ 2^(lseᵢ − m) oᵢ / Σᵢ 2^(lseᵢ − m),  m = maxᵢ lseᵢ        over a sequence's splits i
+
+    part_o_THIK      outputs of the splits, float32; lse = log₂ Σ 2^score in part_lse_THI, float32
+    seq_lens_S       int64; T = S · q_len
+    → o_THK          written where a sequence has several splits
+
+Splits begin at multiples of the split length, and that depends on the sequence's own length only,
+so that its output is the same in any batch: `min_len` under a window, else the first of min_len,
+2·min_len, 4·min_len, … that makes at most `max_count` splits.
+
+One program computes BLOCK_V values of one query head. It takes BLOCK_P parts at a time, in order.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from bezel.kernels.jit import tl, triton
+
+
+class Splits(NamedTuple):
+    """The rule of one launch; `window` is 0 where there is none."""
+
+    min_len: int
+    max_count: int
+    window: int
+    q_len: int
+
+    @classmethod
+    def of(cls, num_rows: int, num_kv_heads: int, window: int | None, q_len: int) -> "Splits":
+        """For `num_rows` queries per kv head.
+
+        A part is `num_rows` outputs in float32, written and read once: 32 positions per row keep
+        that near a tenth of the keys and values read, and half of it once `max_count` is reached
+        and splits grow. With few kv heads it takes more splits to fill a GPU.
+        """
+        min_len = min(512, max(128, triton.next_power_of_2(32 * num_rows)))
+        return cls(min_len, 64 if num_kv_heads <= 2 else 32, window or 0, q_len)
+
+    def most(self, max_len: int) -> int:
+        """The largest number of splits of any sequence of up to `max_len` positions."""
+        if not self.window:
+            return min(triton.cdiv(max_len, self.min_len), self.max_count)
+        # `span` positions touch one multiple of min_len more when they begin just before one.
+        span = self.window + self.q_len - 1
+        return (span - 2) // self.min_len + 2
+
+
+@triton.jit
+def live_splits(
+    seq_len,
+    MIN_LEN: tl.constexpr,
+    MAX_COUNT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    Q_LEN: tl.constexpr,
+):
+    """A sequence's first position seen, its split length, first split and number of splits."""
+    first = 0
+    split_len = MIN_LEN
+    if WINDOW > 0:
+        first = tl.maximum(seq_len - Q_LEN + 1 - WINDOW, 0)
+    else:
+        while split_len * MAX_COUNT < seq_len:
+            split_len *= 2
+    first_split = first // split_len
+    return first, split_len, first_split, tl.maximum(seq_len - 1, 0) // split_len - first_split + 1
+
+
+@triton.jit
+def _combine(
+    part_o_ptr,
+    part_lse_ptr,
+    seq_lens_ptr,
+    o_ptr,
+    num_splits,
+    NUM_HEADS: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    MIN_LEN: tl.constexpr,
+    MAX_COUNT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    Q_LEN: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+):
+    i_t = tl.program_id(0)
+    seq_len = tl.load(seq_lens_ptr + i_t // Q_LEN).to(tl.int32)
+    _, _, _, num_live = live_splits(seq_len, MIN_LEN, MAX_COUNT, WINDOW, Q_LEN)
+    if num_live == 1:
+        return
+    i_row = i_t.to(tl.int64) * NUM_HEADS + tl.program_id(1)
+    o_v = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    m_v = o_v < VALUE_DIM
+    b_max = float("-inf")
+    b_sum = 0.0
+    b_o = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, num_live, BLOCK_P):
+        i_split = start + tl.arange(0, BLOCK_P)
+        m_p = i_split < num_live
+        i_part = i_row * num_splits + i_split
+        b_lse = tl.load(part_lse_ptr + i_part, mask=m_p, other=float("-inf"))
+        # [BLOCK_P, BLOCK_V]
+        b_part = tl.load(
+            part_o_ptr + i_part[:, None] * VALUE_DIM + o_v[None, :],
+            mask=m_p[:, None] & m_v[None, :],
+            other=0.0,
+        )
+        b_new_max = tl.maximum(b_max, tl.max(b_lse, 0))
+        # A verified query may see none of these splits: −∞ − −∞ is not a number.
+        b_safe_max = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
+        b_weight = tl.exp2(b_lse - b_safe_max)
+        b_rescale = tl.exp2(b_max - b_safe_max)
+        b_sum = b_sum * b_rescale + tl.sum(b_weight, 0)
+        b_o = b_o * b_rescale + tl.sum(b_weight[:, None] * b_part, 0)
+        b_max = b_new_max
+    b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)
+    tl.store(o_ptr + i_row * VALUE_DIM + o_v, b_o.to(o_ptr.dtype.element_ty), mask=m_v)
+
+
+def combine_splits(
+    part_o_THIK: Tensor, part_lse_THI: Tensor, seq_lens_S: Tensor, o_THK: Tensor, splits: Splits
+) -> None:
+    """Write the outputs of sequences that have more than one split."""
+    num_tokens, num_heads, num_splits, value_dim = part_o_THIK.shape
+    block_v = min(128, triton.next_power_of_2(value_dim))
+    _combine[(num_tokens, num_heads, triton.cdiv(value_dim, block_v))](
+        part_o_THIK,
+        part_lse_THI,
+        seq_lens_S,
+        o_THK,
+        num_splits,
+        NUM_HEADS=num_heads,
+        VALUE_DIM=value_dim,
+        MIN_LEN=splits.min_len,
+        MAX_COUNT=splits.max_count,
+        WINDOW=splits.window,
+        Q_LEN=splits.q_len,
+        BLOCK_P=8,
+        BLOCK_V=block_v,
+        num_warps=4,
+    )

@@ -1,0 +1,63 @@
+"""The engine on its Triton kernels, under the interpreter, gives the tokens of the CPU path.
+
+Every kernel of a step takes part, with tensors as the engine makes them; the watch over each launch
+refuses accesses out of bounds, races and reads of memory that nothing wrote.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from simulator.watch import watched
+
+from bezel.engine.config import EngineConfig
+from bezel.engine.core import Engine
+from bezel.engine.decode_graphs import DecodeGraphs
+from bezel.engine.sampling_params import SamplingParams
+from bezel.kernels.jit import triton_on_cpu
+
+SHAPES = ["E2B", "E4B", "12B", "26B-A4B", "31B", "shared-k-eq-v-window-5", "gemma3"]
+PROMPTS = (2, 5, 10, 13)  # of `PROMPT_LENGTHS`: inside, at the edge of and beyond windows and pages
+NUM_OUTPUT_TOKENS = 5
+GREEDY = SamplingParams(max_tokens=NUM_OUTPUT_TOKENS, temperature=0.0)
+
+
+def make_engine(path: Path, **settings: Any) -> Engine:
+    return Engine(
+        EngineConfig(
+            model=str(path),
+            dtype="float32",
+            device="cpu",
+            kv_cache_memory_bytes=8 << 20,
+            **settings,
+        )
+    )
+
+
+@pytest.mark.parametrize("tiny", SHAPES, indirect=True)
+def test_tokens_equal_those_of_the_cpu_path(tiny: Any) -> None:
+    prompts = [tiny.prompts[i] for i in PROMPTS]
+    engine = make_engine(tiny.path, long_prefill_token_threshold=24)
+    with triton_on_cpu(), watched() as watch:
+        answers = engine.generate(prompts, GREEDY)
+    assert answers == [tiny.answers[i][:NUM_OUTPUT_TOKENS] for i in PROMPTS]
+    assert watch.num_launches > NUM_OUTPUT_TOKENS * len(engine.runner.model_config.layers)
+
+
+@pytest.mark.parametrize("tiny", ["26B-A4B"], indirect=True)
+def test_idle_rows_of_a_replayed_step_touch_nothing(tiny: Any) -> None:
+    """Three sequences in a step recorded for four."""
+    prompts = [tiny.prompts[i] for i in PROMPTS[:3]]
+    engine = make_engine(tiny.path)
+    runner = engine.runner
+    with triton_on_cpu(), watched():
+        runner.decode_graphs = DecodeGraphs(
+            runner._hidden,
+            runner.layout,
+            [4],
+            runner.max_model_len,
+            runner.device,
+            capture=lambda compute: compute,
+        )
+        answers = engine.generate(prompts, GREEDY)
+    assert answers == [tiny.answers[i][:NUM_OUTPUT_TOKENS] for i in PROMPTS[:3]]

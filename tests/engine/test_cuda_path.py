@@ -1,0 +1,123 @@
+"""What the engine does on a GPU, on tensors that are there in name only.
+
+Shows that no operation mixes host and device tensors, that nothing in a decode step waits for a
+value or a shape from the device, and that what attends, norms and routes are kernels of our own.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from simulator.fake_cuda import fake_cuda
+
+from bezel.engine.batch import Batch
+from bezel.engine.config import EngineConfig
+from bezel.engine.decode_graphs import DecodeGraphs
+from bezel.engine.kv_cache import KVCache
+from bezel.engine.kv_layout import KVLayout
+from bezel.engine.model_config import ModelConfig
+from bezel.engine.models.registry import build_model
+from bezel.engine.page_pool import PagePool
+from bezel.engine.page_tables import PageTables
+from bezel.engine.sampler import Sampler
+from bezel.engine.sampling_params import SamplingParams
+from bezel.engine.scheduler import Scheduler
+from bezel.engine.sequence import Sequence
+
+MODELS = ["E2B", "E4B", "12B", "26B-A4B", "31B"]
+CUDA = torch.device("cuda")
+ARENA_BYTES = 8 << 30
+
+
+class Model:
+    """A published shape on a device that isn't there, and a scheduler that feeds it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.layout = KVLayout.for_model(config, 2, 16)
+        self.model = build_model(config, torch.bfloat16, CUDA)
+        self.model.after_loading()
+        self.kv_cache = KVCache(config, self.layout, ARENA_BYTES, torch.bfloat16, CUDA)
+        self.scheduler = Scheduler(EngineConfig(), PagePool(self.layout, ARENA_BYTES))
+        self.sampler = Sampler([5], config.vocab_size)
+
+    def add(self, num_tokens: int, params: SamplingParams) -> None:
+        name = f"request-{len(self.scheduler._by_id)}"
+        self.scheduler.add(
+            Sequence(name, [9] * num_tokens, params, 1, frozenset({1}), PageTables(self.layout))
+        )
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        hidden_TD: torch.Tensor = self.model(batch, self.kv_cache)
+        return hidden_TD
+
+    def step(self, graphs: DecodeGraphs | None = None) -> torch.Tensor:
+        """Compute one step up to the drawn tokens, which stay on the device."""
+        step = self.scheduler.schedule()
+        if graphs is not None:
+            assert graphs.takes(step)
+            hidden_ND = graphs.run(step)
+        else:
+            batch = Batch.build(step, self.layout, CUDA)
+            hidden_ND = self.forward(batch)
+            if batch.sampled_rows_N is not None:
+                hidden_ND = hidden_ND[batch.sampled_rows_N]
+        token_ids_N = self.sampler.sample(self.model.compute_logits(hidden_ND), step.sampled)
+        assert token_ids_N.is_cuda and token_ids_N.shape == (len(step.sampled),)
+        self.scheduler.commit(step, [9] * len(step.sampled))
+        return token_ids_N
+
+
+@pytest.fixture(params=MODELS)
+def config(request: pytest.FixtureRequest, real_configs: dict[str, Any]) -> ModelConfig:
+    return ModelConfig.from_hf(real_configs[request.param])
+
+
+SAMPLED = SamplingParams(max_tokens=50, temperature=1.0, top_k=64, top_p=0.95)
+PENALISED = SamplingParams(max_tokens=50, temperature=0.7, presence_penalty=1.0, min_tokens=9)
+GREEDY = SamplingParams(max_tokens=50, temperature=0.0)
+UNCUT = SamplingParams(max_tokens=50, temperature=1.0, min_p=0.1, logit_bias={7: 1.5})
+
+
+def test_chunks_and_decodes_wait_for_nothing(config: ModelConfig) -> None:
+    """A prompt, then a step of decodes beside another prompt's chunk, then decodes alone."""
+    with fake_cuda() as launches, torch.inference_mode():
+        model = Model(config)
+        model.add(70, SAMPLED)
+        model.step()
+        for params in (GREEDY, PENALISED, UNCUT):
+            model.add(2000, params)
+        for _ in range(6):
+            model.step()
+    assert launches
+    for launch in launches:
+        assert all(tensor.is_cuda for tensor in launch.tensors), launch.name
+        assert 0 not in launch.grid, f"{launch.name} would launch nothing"
+
+
+def test_a_recorded_step_launches_the_same_kernels_whatever_the_sequences(
+    config: ModelConfig,
+) -> None:
+    """Same kernels, same grids, same tensors' shapes: what a graph has recorded stays right."""
+    recorded: list[list[Any]] = []
+    with fake_cuda() as launches, torch.inference_mode():
+        model = Model(config)
+
+        def forward(batch: Batch) -> torch.Tensor:
+            launches.clear()
+            hidden_TD = model.forward(batch)
+            recorded.append([(x.name, x.grid, [t.shape for t in x.tensors]) for x in launches])
+            return hidden_TD
+
+        graphs = DecodeGraphs(
+            forward, model.layout, [4], 5000, CUDA, capture=lambda compute: compute
+        )
+        for num_tokens in (1, 3000, 17):
+            model.add(num_tokens, GREEDY)
+            model.step()
+            while any(s.is_prefilling for s in model.scheduler.running):
+                model.step()
+            model.step(graphs)
+    assert len(recorded) == 3
+    assert recorded[0] == recorded[1] == recorded[2]
+    names = [name for name, _, _ in recorded[0]]
+    assert len(names) > 4 * len(config.layers)

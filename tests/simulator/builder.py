@@ -1,0 +1,90 @@
+"""The interpreter's operations on memory, watched."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import triton.language as tl
+from simulator.errors import KernelBug
+from simulator.numerics import from_float32, numpy_dtype
+from simulator.pointers import VIEW, Pointers
+from triton.runtime import interpreter
+from triton.runtime.interpreter import TensorHandle
+
+if TYPE_CHECKING:
+    from simulator.watch import Watch
+
+
+class Simulator(Pointers):
+    """Loads, stores and dots, reported to the watch of the moment if there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.watch: Watch | None = None
+
+    def create_load(self, ptr: TensorHandle, *policy: Any) -> TensorHandle:
+        return self._load(ptr, np.ones(ptr.data.shape, bool), None)
+
+    def create_masked_load(
+        self, ptrs: TensorHandle, mask: TensorHandle, other: TensorHandle | None, *a: Any, **k: Any
+    ) -> TensorHandle:
+        return self._load(ptrs, getattr(mask, "data", mask), other)
+
+    def create_store(self, ptr: TensorHandle, val: TensorHandle, *policy: Any) -> None:
+        self._store(ptr, val, np.ones(ptr.data.shape, bool))
+
+    def create_masked_store(
+        self, ptrs: TensorHandle, value: TensorHandle, mask: TensorHandle, *a: Any, **k: Any
+    ) -> None:
+        self._store(ptrs, value, getattr(mask, "data", mask))
+
+    def create_atomic_rmw(self, *args: Any) -> TensorHandle:
+        raise KernelBug("atomics make results depend on the order of programs")
+
+    create_atomic_cas = create_atomic_rmw
+
+    def create_barrier(self) -> None:
+        if self.watch is not None:
+            self.watch.clock.now += 1
+
+    def create_assert(self, condition: TensorHandle, message: str, *rest: Any) -> None:
+        if not condition.data.all():
+            raise KernelBug(message)
+
+    def create_dot(self, a: TensorHandle, b: TensorHandle, *rest: Any) -> TensorHandle:
+        if self.watch is not None:
+            self.watch.on_dot(2 * a.data.size * b.data.shape[-1])
+        return super().create_dot(a, b, *rest)
+
+    def _load(
+        self, ptrs: TensorHandle, mask: np.ndarray, other: TensorHandle | None
+    ) -> TensorHandle:
+        if self.watch is not None:
+            self.watch.on_load(ptrs.attr.get(VIEW), _active(ptrs.data, mask))
+        dtype = ptrs.get_element_ty()
+        if other is not None:
+            fill = other.data
+        else:
+            # What a GPU puts there is anyone's guess, so let it be what hurts most.
+            fill = np.broadcast_to(poison(dtype), ptrs.data.shape)
+        data = interpreter._interpreter.load(ptrs.data, mask, fill, numpy_dtype(dtype))
+        return TensorHandle(data, dtype)
+
+    def _store(self, ptrs: TensorHandle, value: TensorHandle, mask: np.ndarray) -> None:
+        if self.watch is not None:
+            self.watch.on_store(ptrs.attr.get(VIEW), _active(ptrs.data, mask))
+        interpreter._interpreter.store(ptrs.data, value.data, mask)
+
+
+def poison(dtype: tl.dtype) -> np.ndarray:
+    """NaN, or an integer that is no sensible index."""
+    if dtype.is_floating():
+        return from_float32(np.array([np.nan], np.float32), dtype)
+    kind = numpy_dtype(dtype)
+    return np.ones(1, bool) if kind == np.bool_ else np.array([np.iinfo(kind).max // 3], kind)
+
+
+def _active(addresses: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """Addresses of the lanes that take part, in a row."""
+    if mask.shape != addresses.shape:
+        mask = np.broadcast_to(mask, addresses.shape)
+    return np.ascontiguousarray(addresses).reshape(-1) if mask.all() else addresses[mask]
