@@ -17,11 +17,11 @@ STAMPS_test = $(STAMPS_serve) .venv/.installed-test
 STAMPS_dev = $(STAMPS_test) .venv/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install test check lint types format docs size clean
+.PHONY: help serve install test check lint types format docs size kernels-aot clean
 .NOTPARALLEL:
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 serve: $(if $(filter-out default,$(MODEL)),.venv/.installed-serve,install) ## serve a model: MODEL=default HOST=127.0.0.1 PORT=8000 ARGS="--flag …"
 	@exec .venv/bin/bezel serve $(if $(MODEL),"$(MODEL)") $(if $(HOST),--host "$(HOST)") $(if $(PORT),--port "$(PORT)") $(ARGS)
@@ -53,6 +53,9 @@ docs: .venv/.installed-serve ## write docs/configuration.md anew
 
 size: ## lines per folder and module
 	@$(PYTHON) benchmarks/size.py
+
+kernels-aot: .venv/.installed-test ## compile all kernels for all GPUs, on none: ARGS=--update writes the table anew
+	.venv/bin/python benchmarks/kernels_aot.py $(ARGS)
 
 clean: ## back to a fresh checkout (the model cache in ~/.cache/bezel stays)
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

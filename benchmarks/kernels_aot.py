@@ -19,15 +19,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-TABLE = Path(__file__).with_suffix(".csv")
-
-if __name__ == "__main__":  # before the first import of Triton, and for the worker processes
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"
-    os.environ["OMP_NUM_THREADS"] = "1"
-
-from aot.driver import CompilingDriver, Kernel, compiling_for
-from aot.launches import launch_everything
+from aot.driver import COMPILE_ALL, CompilingDriver, Kernel, compiling_for
+from aot.launches import CONFIGS, launch_everything
 from aot.machine_code import (
     MachineCode,
     disassemble,
@@ -36,13 +29,15 @@ from aot.machine_code import (
     registers_and_stack,
 )
 
+TABLE = Path(__file__).with_suffix(".csv")
+
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
     """What a multiprocessor has, in bytes, warps, blocks and columns of tensor memory.
 
-    From the table "Technical Specifications per Compute Capability" of NVIDIA's CUDA C++ Programming
-    Guide, and AMD's CDNA 3 instruction set architecture.
+    From "Technical Specifications per Compute Capability" in NVIDIA's CUDA C++ Programming Guide,
+    and from AMD's CDNA 3 instruction set architecture.
     """
 
     shared_bytes: int
@@ -93,7 +88,8 @@ class Row:
     """What the compiler made of one specialisation of a kernel on one architecture."""
 
     kernel: str
-    specialisation: str
+    constants: str
+    arguments: str  # what the compiler was told of them, in each specialisation that comes to this
     architecture: str
     models: str
     steps: str
@@ -110,34 +106,65 @@ class Row:
     loads: str  # from global memory, by kind and bits
 
     @property
-    def key(self) -> tuple[str, str, str]:
-        return self.kernel, self.specialisation, self.architecture
+    def key(self) -> tuple[str, str, str, str]:
+        return self.kernel, self.constants, self.arguments, self.architecture
 
     def __str__(self) -> str:
-        return f"{self.architecture} {self.kernel}[{self.specialisation}]"
+        return f"{self.architecture} {self.kernel}({self.constants}; {self.arguments})"
 
 
-def specialisation(source: Any) -> str:
-    """The constants of a kernel, and `~x` for each argument x that 16 isn't known to divide."""
-    parts = []
+def merged(rows: Iterable[Row]) -> list[Row]:
+    """One row for all specialisations that differ in their arguments and users only."""
+    groups: dict[Row, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(replace(row, arguments="", models="", steps=""), []).append(row)
+    return [
+        replace(
+            same,
+            arguments=" | ".join(sorted(row.arguments for row in group)),
+            models=_words(row.models for row in group),
+            steps=_words(row.steps for row in group),
+        )
+        for same, group in groups.items()
+    ]
+
+
+def _words(texts: Iterable[str]) -> str:
+    """All their words once, the models in the order of their size."""
+    words = {word for text in texts for word in text.split()}
+    return " ".join([x for x in CONFIGS if x in words] + sorted(words - CONFIGS.keys()))
+
+
+def _constants_and_arguments(source: Any) -> tuple[str, str]:
+    """Declared constants, then arguments: `x=1` is compiled in, `~x` is no multiple of 16."""
+    constants, arguments = [], []
     for i, (name, kind) in enumerate(source.signature.items()):
         if (i,) in source.constants:
-            parts.append(f"{name}={source.constants[i,]}")
+            into = constants if source.fn.params[i].is_constexpr else arguments
+            into.append(f"{name}={source.constants[i,]}")
         elif kind[0] in "*i" and ["tt.divisibility", 16] not in source.attrs.get((i,), []):
-            parts.append(f"~{name}")
-    return " ".join(parts)
+            arguments.append(f"~{name}")
+    return " ".join(constants), " ".join(arguments) or "-"
 
 
 def measure(architecture: str) -> tuple[list[Row], list[str]]:
     """Compile all for one architecture: the rows, and what is wrong with them."""
     with compiling_for(architecture) as driver:
         failures = launch_everything(driver)
-    kernels = list(driver.kernels.values())
-    found = []
+    rows, found = judge(driver)
+    return rows, failures + found
+
+
+def judge(driver: CompilingDriver) -> tuple[list[Row], list[str]]:
+    """The rows of all that was launched, and what is wrong with them."""
+    architecture = driver.architecture
+    kernels = [kernel for kernel in driver.kernels.values() if kernel.users]
+    rows, found = [], []
     for kernel, code in zip(kernels, _machine_codes(kernels, architecture), strict=True):
         row = _row(kernel, code, architecture)
-        found.append((row, faults(row, code, has_dot="tt.dot" in kernel.files["ttir"].read_text())))
-    return [row for row, _ in found], failures + [fault for _, own in found for fault in own]
+        rows.append(row)
+        found += faults(row, code, has_dot="tt.dot" in kernel.files["ttir"].read_text())
+    return merged(rows), found
 
 
 def _machine_codes(kernels: Sequence[Kernel], architecture: str) -> list[MachineCode]:
@@ -147,7 +174,9 @@ def _machine_codes(kernels: Sequence[Kernel], architecture: str) -> list[Machine
 
 
 def _row(kernel: Kernel, code: MachineCode, architecture: str) -> Row:
-    metadata = kernel.metadata
+    metadata, function = kernel.metadata, kernel.source.fn
+    module = function.__module__.rpartition(".")[2]
+    constants, arguments = _constants_and_arguments(kernel.source)
     if architecture.startswith("gfx"):
         assembly = kernel.files["amdgcn"].read_text()
         registers = gcn_number(assembly, "vgpr_count")
@@ -157,11 +186,12 @@ def _row(kernel: Kernel, code: MachineCode, architecture: str) -> Row:
     warps, shared = metadata["num_warps"], metadata["shared"]
     columns = metadata.get("tmem_size") or 0
     return Row(
-        kernel=kernel.source.fn.__name__.removeprefix("_").removesuffix("_kernel"),
-        specialisation=specialisation(kernel.source),
+        kernel=f"{module}.{function.__name__.removeprefix('_').removesuffix('_kernel')}",
+        constants=constants,
+        arguments=arguments,
         architecture=architecture,
-        models=" ".join(sorted({model for model, _ in kernel.users})),
-        steps=" ".join(sorted({step for _, step in kernel.users})),
+        models=_words(model for model, _ in kernel.users),
+        steps=_words(step for _, step in kernel.users),
         warps=warps,
         stages=metadata["num_stages"],
         registers=registers,
@@ -183,9 +213,13 @@ def faults(row: Row, code: MachineCode, *, has_dot: bool) -> list[str]:
     if row.loop_spills:
         found.append(f"{row.loop_spills} loads and stores of spilled registers in its inner loop")
     if row.shared_bytes > limits.max_block_shared_bytes:
-        found.append(f"{row.shared_bytes} bytes of shared memory, past the limit of its kind")
+        found.append(
+            f"{row.shared_bytes} bytes of shared memory, of {limits.max_block_shared_bytes}"
+        )
     if row.tensor_columns > limits.max_tensor_columns:
-        found.append(f"{row.tensor_columns} columns of tensor memory, past the limit of its kind")
+        found.append(
+            f"{row.tensor_columns} columns of tensor memory, of {limits.max_tensor_columns}"
+        )
     if not row.blocks:
         found.append("not even one block fits on a multiprocessor")
     if code.has_trap and code.num_instructions < TRAP_INSTRUCTIONS:
@@ -218,7 +252,7 @@ def write_table(rows: Iterable[Row]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(field.name for field in fields(Row))
-    for row in sorted(rows, key=lambda r: (*r.key[:2], order.index(r.architecture))):
+    for row in sorted(rows, key=lambda r: (*r.key[:3], order.index(r.architecture))):
         writer.writerow(astuple(row))
     return text.getvalue()
 
@@ -236,9 +270,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("architectures", nargs="*", help="all, unless some are named")
     options = parser.parse_args(arguments)
     names = options.architectures or list(ARCHITECTURES)
+    names.sort(key=lambda name: name not in COMPILE_ALL)  # these take longest
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache
+        # For the workers, which import Triton anew: it must compile, and all of it.
+        os.environ.pop("TRITON_INTERPRET", None)
+        os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1"}
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
             measured = list(pool.map(measure, names))
     rows = [row for own, _ in measured for row in own]

@@ -22,6 +22,7 @@ from bezel.engine.scheduler import ScheduledSequence, ScheduledStep
 from bezel.kernels.kv_pages import NO_SLOT
 
 Ints = npt.NDArray[np.int64]
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,10 +145,31 @@ def pinned(array: Ints, device: torch.device) -> Tensor:
     return tensor.pin_memory() if device.type == "cuda" else tensor
 
 
+def pack(arrays: list[Ints]) -> Ints:
+    """The arrays one after the other, each on a boundary of ALIGNMENT numbers.
+
+    Triton compiles a kernel anew for a pointer with less than the usual alignment.
+    """
+    packed = np.zeros(sum(map(_aligned, arrays)), dtype=np.int64)
+    begin = 0
+    for array in arrays:
+        packed[begin : begin + array.size] = array.ravel()
+        begin += _aligned(array)
+    return packed
+
+
+def unpack(packed: Tensor, arrays: list[Ints]) -> list[Tensor]:
+    """Views of a packed tensor in the shapes of the arrays that were packed."""
+    parts = torch.split(packed, [_aligned(array) for array in arrays])
+    return [part[: array.size].view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
+
+def _aligned(array: Ints) -> int:
+    return -(-array.size // ALIGNMENT) * ALIGNMENT
+
+
 def _send(arrays: list[Ints], device: torch.device) -> list[Tensor]:
-    packed = pinned(np.concatenate([array.ravel() for array in arrays]), device)
-    parts = packed.to(device, non_blocking=True).split([array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+    return unpack(pinned(pack(arrays), device).to(device, non_blocking=True), arrays)
 
 
 def _positions(scheduled: ScheduledSequence) -> Ints:

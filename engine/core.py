@@ -113,7 +113,7 @@ class Engine:
         started = time.perf_counter()
         step = self.scheduler.schedule()
         assert step.sequences, "there is work, but nothing could be scheduled"
-        token_ids = self.sampler.sample(self.runner.run(step), step.sampled)
+        token_ids: list[int] = self.sampler.sample(self.runner.run(step), step.sampled).tolist()
         sampled = self.scheduler.commit(step, token_ids)
         outputs = [
             SequenceOutput(

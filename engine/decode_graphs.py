@@ -17,12 +17,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bezel.engine.batch import Batch, Ints, global_tables, pinned, row_arrays
+from bezel.engine.batch import Batch, Ints, global_tables, pack, pinned, row_arrays, unpack
 from bezel.engine.kv_layout import KVLayout
 from bezel.engine.scheduler import ScheduledStep
 from bezel.kernels.kv_pages import NO_SLOT
 
 Compute = Callable[[], Tensor]
+_NOTHING = np.zeros(0, dtype=np.int64)
 IDLE = (0, 0, NO_SLOT, NO_SLOT, 0, 0)  # what `row_arrays` hold for idle rows
 
 
@@ -88,34 +89,27 @@ class _StaticInputs:
         self, size: int, q_len: int, layout: KVLayout, max_model_len: int, device: torch.device
     ) -> None:
         self._num_rows = [*[size * q_len] * 4, size, size]
-        widths = [1, 1, 1, 1, 1, layout.ring_size]
-        sizes = [rows * width for rows, width in zip(self._num_rows, widths, strict=True)]
-        self._packed = torch.empty(sum(sizes), dtype=torch.int64, device=device)
+        idle = self._padded([*[_NOTHING] * 5, _NOTHING.reshape(0, layout.ring_size)])
+        self._packed = torch.from_numpy(pack(idle)).to(device)
         self._table_SP = torch.zeros(
             size, layout.num_global_pages(max_model_len), dtype=torch.int64, device=device
         )
-        views = list(self._packed.split(sizes))
-        views[-1] = views[-1].view(size, layout.ring_size)
-        self.batch = Batch.of_rows(views, self._table_SP, num_decodes=size, decode_q_len=q_len)
-        idle = np.zeros(0, dtype=np.int64)
-        self.fill([*[idle] * 5, idle.reshape(0, layout.ring_size)], idle.reshape(0, 0))
+        rows = unpack(self._packed, idle)
+        self.batch = Batch.of_rows(rows, self._table_SP, num_decodes=size, decode_q_len=q_len)
 
     def fill(self, rows: list[Ints], table_SP: Ints) -> None:
         """Overwrite everything with a step's `row_arrays`, and what it uses of the page table."""
-        padded = [
-            _padded(array, num_rows, idle)
-            for array, num_rows, idle in zip(rows, self._num_rows, IDLE, strict=True)
-        ]
         device = self._packed.device
-        self._packed.copy_(pinned(np.concatenate(padded), device), non_blocking=True)
+        self._packed.copy_(pinned(pack(self._padded(rows)), device), non_blocking=True)
         used_SP = self._table_SP[: table_SP.shape[0], : table_SP.shape[1]]
         used_SP.copy_(pinned(table_SP, device), non_blocking=True)
 
-
-def _padded(array: Ints, num_rows: int, idle: int) -> Ints:
-    padded = np.full((num_rows, *array.shape[1:]), idle, dtype=np.int64)
-    padded[: len(array)] = array
-    return padded.ravel()
+    def _padded(self, rows: list[Ints]) -> list[Ints]:
+        padded = []
+        for array, num_rows, idle in zip(rows, self._num_rows, IDLE, strict=True):
+            padded.append(np.full((num_rows, *array.shape[1:]), idle, dtype=np.int64))
+            padded[-1][: len(array)] = array
+        return padded
 
 
 class CudaCapture:
@@ -126,7 +120,7 @@ class CudaCapture:
 
     def __call__(self, compute: Compute) -> Compute:
         # Once outside a graph: kernels are compiled and libraries take their workspaces.
-        stream = torch.cuda.Stream()
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             compute()

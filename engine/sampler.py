@@ -1,62 +1,93 @@
 """From logits to one token per sequence: penalties, biases and bans first, then the draw.
 
-N sampled sequences   V vocabulary
+N sampled sequences   V vocabulary   E edits, each of one logit of one row
 """
 
+from itertools import chain
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from bezel.engine.sequence import Sequence
-from bezel.kernels.sampling import sample
+from bezel.kernels.logits import edit_logits
+from bezel.kernels.sampling import sample, to_device
 
 
 class Sampler:
     """`suppressed` tokens, named by the checkpoint, are never drawn."""
 
     def __init__(self, suppressed: list[int], vocab_size: int) -> None:
-        self._suppressed = [token_id for token_id in suppressed if token_id < vocab_size]
+        known = [token_id for token_id in suppressed if token_id < vocab_size]
+        self._suppressed = torch.tensor(known, dtype=torch.int64)
 
-    def sample(self, logits_NV: Tensor, sequences: list[Sequence]) -> list[int]:
-        """One token id per row; `logits_NV` (float32) is changed in place."""
-        for logits_V, sequence in zip(logits_NV, sequences, strict=True):
-            _adjust(logits_V, sequence)
-        logits_NV[:, self._suppressed] = -torch.inf
+    def sample(self, logits_NV: Tensor, sequences: list[Sequence]) -> Tensor:
+        """One token id (int64) per row, still on the device: nothing here waits for it.
+
+        `logits_NV` (float32, contiguous) is changed in place.
+        """
+        edited = [(row, s) for row, s in enumerate(sequences) if _has_edits(s)]
+        if edited:
+            positions_E, values_3E = _packed_edits(edited, logits_NV.shape[1])
+            device = logits_NV.device
+            edit_logits(logits_NV, to_device(positions_E, device), to_device(values_3E, device))
+        if len(self._suppressed):
+            self._suppressed = self._suppressed.to(logits_NV.device)  # moves once
+            logits_NV.index_fill_(1, self._suppressed, -torch.inf)
         params = [sequence.params for sequence in sequences]
-        if all(p.is_greedy for p in params):
-            greedy: list[int] = logits_NV.argmax(-1).tolist()
-            return greedy
-
-        def column(values: list[float] | list[int], dtype: torch.dtype) -> Tensor:
-            return torch.tensor(values, dtype=dtype, device=logits_NV.device)
-
-        token_ids: list[int] = sample(
+        return sample(
             logits_NV,
-            temperature_S=column(
-                [0.0 if p.is_greedy else p.temperature for p in params], torch.float32
-            ),
-            top_k_S=column([p.top_k for p in params], torch.int64),
-            top_p_S=column([p.top_p for p in params], torch.float32),
-            min_p_S=column([p.min_p for p in params], torch.float32),
-            seed_S=column([sequence.seed for sequence in sequences], torch.int64),
-            position_S=column([sequence.num_tokens for sequence in sequences], torch.int64),
-        ).tolist()
-        return token_ids
+            temperature=[0.0 if p.is_greedy else p.temperature for p in params],
+            top_k=[p.top_k for p in params],
+            top_p=[p.top_p for p in params],
+            min_p=[p.min_p for p in params],
+            seed=[sequence.seed for sequence in sequences],
+            position=[sequence.num_tokens for sequence in sequences],
+        )
 
 
-def _adjust(logits_V: Tensor, sequence: Sequence) -> None:
-    """Penalties as OpenAI and vLLM define them, then the bias, then `min_tokens`."""
+def _bans_stop_tokens(sequence: Sequence) -> bool:
+    is_short = sequence.num_output_tokens < sequence.params.min_tokens
+    return is_short and len(sequence.stop_token_ids) > 0
+
+
+def _has_edits(sequence: Sequence) -> bool:
     params = sequence.params
-    if params.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits_V.device)
-        values = logits_V[seen]
-        penalty = params.repetition_penalty
-        logits_V[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    if (params.presence_penalty or params.frequency_penalty) and sequence.output_counts:
-        ids = torch.tensor(list(sequence.output_counts), device=logits_V.device)
-        counts = torch.tensor(list(sequence.output_counts.values()), device=logits_V.device)
-        logits_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
-    if params.logit_bias:
-        ids = torch.tensor(list(params.logit_bias), device=logits_V.device)
-        logits_V[ids] += torch.tensor(list(params.logit_bias.values()), device=logits_V.device)
-    if sequence.num_output_tokens < params.min_tokens and sequence.stop_token_ids:
-        logits_V[list(sequence.stop_token_ids)] = -torch.inf
+    has_penalty = bool(params.presence_penalty or params.frequency_penalty)
+    return (
+        params.repetition_penalty != 1.0
+        or (has_penalty and len(sequence.output_counts) > 0)
+        or len(params.logit_bias) > 0
+        or _bans_stop_tokens(sequence)
+    )
+
+
+def _edits(sequence: Sequence) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+    """Penalties as OpenAI and vLLM define them, the bias, and `min_tokens`' ban of stop tokens:
+    token ids_E, and values_3E as `edit_logits` takes them."""
+    params = sequence.params
+    presence, frequency = params.presence_penalty, params.frequency_penalty
+    counts = sequence.output_counts if presence or frequency else {}
+    banned = sequence.stop_token_ids if _bans_stop_tokens(sequence) else frozenset()
+    ids = dict.fromkeys(sequence.token_ids if params.repetition_penalty != 1.0 else ())
+    num_seen = len(ids)
+    ids.update(dict.fromkeys(chain(counts, params.logit_bias, banned)))
+    values_3E = np.zeros((3, len(ids)), dtype=np.float32)
+    values_3E[0] = 1.0
+    values_3E[0, :num_seen] = params.repetition_penalty
+    if counts:
+        values_3E[1] = [presence + frequency * counts[i] if i in counts else 0.0 for i in ids]
+    if params.logit_bias or banned:
+        bias = params.logit_bias
+        values_3E[2] = [-np.inf if i in banned else bias.get(i, 0.0) for i in ids]
+    return np.fromiter(ids, dtype=np.int64, count=len(ids)), values_3E
+
+
+def _packed_edits(edited: list[tuple[int, Sequence]], vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Edits of some rows together, padded, as `edit_logits` takes them."""
+    edits = [(row * vocab_size, *_edits(sequence)) for row, sequence in edited]
+    padding = -sum(len(ids_E) for _, ids_E, _ in edits) % 16
+    positions = [start + ids_E for start, ids_E, _ in edits] + [np.full(padding, -1)]
+    values = [values_3E for _, _, values_3E in edits] + [np.zeros((3, padding), np.float32)]
+    return torch.from_numpy(np.concatenate(positions)), torch.from_numpy(np.concatenate(values, 1))

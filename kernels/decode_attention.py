@@ -12,8 +12,6 @@ h·H/G … share kv head g. A sequence of length 0 is padding: its output is zer
     seq_lens_S       int64, the queries included
     → o_THK          dtype of q; scores, softmax and sums in float32
 
-The reference computes sequences of like length together, so a long one doesn't pad the short ones.
-
 The kernel gives a program one split of one sequence's positions and one kv head; its rows are the
 q_len × H/G queries of that head, so keys and values are read once for all of them:
 
@@ -31,103 +29,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from bezel.kernels.decode_combine import Splits, combine_splits, live_splits
+from bezel.kernels.decode_reference import decode_attention_reference
 from bezel.kernels.jit import runs_triton, tile_family, tl, triton
-from bezel.kernels.kv_pages import gather_kv, position_slots
 
 _LOG2_E = 1.4426950408889634
-
-
-def _reference(
-    q_THC: Tensor,
-    k_cache_PBGC: Tensor,
-    v_cache_PBGK: Tensor | None,
-    page_table_SP: Tensor,
-    seq_lens_S: Tensor,
-    scale: float,
-    window: int | None,
-    value_dim: int,
-    q_len: int,
-) -> Tensor:
-    num_tokens, num_heads, width = q_THC.shape
-    q_SQHC = q_THC.reshape(-1, q_len, num_heads, width)
-    out_SQHK = q_THC.new_zeros(num_tokens // q_len, q_len, num_heads, value_dim)
-    for rows in _rows_of_like_length(seq_lens_S, window, q_len):
-        out_SQHK[rows] = _padded_attention(
-            q_SQHC[rows],
-            k_cache_PBGC,
-            v_cache_PBGK,
-            page_table_SP[rows],
-            seq_lens_S[rows],
-            scale,
-            window,
-            value_dim,
-        )
-    return out_SQHK.flatten(0, 1)
-
-
-def _padded_attention(
-    q_SQHC: Tensor,
-    k_cache_PBGC: Tensor,
-    v_cache_PBGK: Tensor | None,
-    page_table_SP: Tensor,
-    seq_lens_S: Tensor,
-    scale: float,
-    window: int | None,
-    value_dim: int,
-) -> Tensor:
-    num_seqs, q_len, num_heads, width = q_SQHC.shape
-    page_size, num_kv_heads = k_cache_PBGC.shape[1:3]
-    group = num_heads // num_kv_heads
-    first_S = _first_positions(seq_lens_S, window, q_len)
-    span = torch.arange(int((seq_lens_S - first_S).max()), device=q_SQHC.device)
-    positions_SL = first_S[:, None] + span
-    is_seen_SQL = _is_seen(positions_SL, seq_lens_S, window, q_len)
-    # Padding repeats the last query's own position: whatever lies in unused slots, NaN included,
-    # is never read, because a zero weight would not cancel it.
-    positions_SL = torch.minimum(positions_SL, seq_lens_S[:, None] - 1)
-    slots_SL = position_slots(positions_SL, page_table_SP, page_size)
-    k_SGLC = gather_kv(k_cache_PBGC, slots_SL).transpose(1, 2)
-    v_SGLK = k_SGLC if v_cache_PBGK is None else gather_kv(v_cache_PBGK, slots_SL).transpose(1, 2)
-    # A kv head's queries are the rows of one product: q_len tokens × H/G heads.
-    q_SGRC = (
-        q_SQHC.view(num_seqs, q_len, num_kv_heads, group, width)
-        .transpose(1, 2)
-        .reshape(num_seqs, num_kv_heads, q_len * group, width)
-    )
-    mask = is_seen_SQL[:, :, None].expand(-1, -1, group, -1).flatten(1, 2)[:, None]
-    out = F.scaled_dot_product_attention(q_SGRC, k_SGLC, v_SGLK, attn_mask=mask, scale=scale)
-    out_SGQRK = out[..., :value_dim].view(num_seqs, num_kv_heads, q_len, group, value_dim)
-    return out_SGQRK.transpose(1, 2).flatten(2, 3)
-
-
-def _first_positions(seq_lens_S: Tensor, window: int | None, q_len: int) -> Tensor:
-    """The first position that any query of a sequence sees."""
-    if window is None:
-        return torch.zeros_like(seq_lens_S)
-    return (seq_lens_S - q_len + 1 - window).clamp_min(0)
-
-
-def _is_seen(positions_SL: Tensor, seq_lens_S: Tensor, window: int | None, q_len: int) -> Tensor:
-    """Which positions each query sees: S×Q×L."""
-    query = torch.arange(q_len, device=seq_lens_S.device)
-    query_SQ1 = (seq_lens_S[:, None] - q_len + query)[..., None]
-    is_seen = positions_SL[:, None] <= query_SQ1
-    if window is None or q_len == 1:
-        return is_seen
-    return is_seen & (positions_SL[:, None] > query_SQ1 - window)
-
-
-def _rows_of_like_length(seq_lens_S: Tensor, window: int | None, q_len: int) -> list[list[int]]:
-    """Rows grouped by the power of two that the number of positions seen rounds up to."""
-    groups: dict[int, list[int]] = {}
-    spans = (seq_lens_S - _first_positions(seq_lens_S, window, q_len)).tolist()
-    for row, span in enumerate(spans):
-        if span:
-            groups.setdefault((span - 1).bit_length(), []).append(row)
-    return list(groups.values())
 
 
 @triton.jit
@@ -202,9 +109,10 @@ def _attend(
     """
     ROWS: tl.constexpr = Q_LEN * GROUP
     ROW_BLOCKS: tl.constexpr = (ROWS + BLOCK_M - 1) // BLOCK_M
+    # Row blocks of a split run side by side: the second finds its keys and values in the L2 cache.
+    i_split = tl.program_id(0) // ROW_BLOCKS
+    i_g = tl.program_id(1)
     i_s = tl.program_id(2)
-    i_g = tl.program_id(1) // ROW_BLOCKS
-    i_split = tl.program_id(0)
     seq_len = tl.load(seq_lens_ptr + i_s).to(tl.int32)
     first, split_len, first_split, num_live = live_splits(
         seq_len, MIN_LEN, MAX_COUNT, WINDOW, Q_LEN
@@ -213,7 +121,7 @@ def _attend(
         return
 
     # Row r of the block: head r % GROUP of query r // GROUP.
-    i_m = tl.program_id(1) % ROW_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
+    i_m = tl.program_id(0) % ROW_BLOCKS * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = i_m < ROWS
     i_t = i_s * Q_LEN + i_m // GROUP
     i_h = i_g * GROUP + i_m % GROUP
@@ -289,7 +197,7 @@ def _attend(
         o_out = i_row[:, None] * VALUE_DIM + o_v[None, :]
         tl.store(o_ptr + o_out, b_o.to(o_ptr.dtype.element_ty), mask=m_q)
     else:
-        i_part = i_row * tl.num_programs(0) + i_split
+        i_part = i_split * (tl.num_programs(2) * Q_LEN * NUM_HEADS) + i_row
         tl.store(part_o_ptr + i_part[:, None] * VALUE_DIM + o_v[None, :], b_o, mask=m_q)
         tl.store(part_lse_ptr + i_part, b_max + tl.log2(b_sum), mask=m_m)
 
@@ -301,34 +209,30 @@ class _Tile(NamedTuple):
     num_stages: int
 
 
-# By layout of a key, for up to 16 rows and for more: packed; K and V up to 256 wide; wider.
+# By layout of a key, for up to 16 rows and for more. Packed; K and V up to 256 wide; wider K and V.
 _TILES = {
     "sm_80": {
-        "packed": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 2)),
-        "narrow": (_Tile(16, 32, 4, 3), _Tile(32, 32, 4, 3)),
+        "packed": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 3)),
+        "narrow": (_Tile(16, 32, 4, 3), _Tile(32, 32, 8, 2)),
         "wide": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 2)),
     },
     "sm_89": {
         "packed": (_Tile(16, 16, 4, 2), _Tile(32, 16, 8, 2)),
-        "narrow": (_Tile(16, 32, 4, 2), _Tile(32, 32, 4, 2)),
+        "narrow": (_Tile(16, 32, 4, 2), _Tile(32, 32, 8, 2)),
         "wide": (_Tile(16, 16, 4, 2), _Tile(32, 16, 8, 2)),
     },
     "sm_90": {
-        "packed": (_Tile(16, 32, 4, 3), _Tile(32, 32, 8, 2)),
-        "narrow": (_Tile(16, 32, 4, 3), _Tile(32, 32, 4, 3)),
-        "wide": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 2)),
-    },
-    "sm_100": {
-        "packed": (_Tile(16, 32, 4, 3), _Tile(32, 32, 8, 2)),
-        "narrow": (_Tile(16, 32, 4, 3), _Tile(32, 32, 4, 3)),
+        "packed": (_Tile(16, 32, 8, 3), _Tile(32, 32, 8, 3)),
+        "narrow": (_Tile(16, 32, 4, 3), _Tile(32, 32, 8, 2)),
         "wide": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 2)),
     },
     "gfx942": {
-        "packed": (_Tile(16, 32, 4, 1), _Tile(32, 32, 4, 1)),
-        "narrow": (_Tile(16, 32, 4, 1), _Tile(32, 32, 4, 1)),
-        "wide": (_Tile(16, 16, 4, 1), _Tile(32, 16, 4, 1)),
+        "packed": (_Tile(16, 16, 4, 2), _Tile(32, 16, 8, 1)),
+        "narrow": (_Tile(16, 32, 4, 2), _Tile(32, 32, 4, 2)),
+        "wide": (_Tile(16, 16, 4, 2), _Tile(32, 16, 4, 1)),
     },
 }
+_TILES["sm_100"] = _TILES["sm_90"]
 
 
 def decode_attention(
@@ -344,7 +248,7 @@ def decode_attention(
 ) -> Tensor:
     """The formula above. Reads no device data on the host, so a CUDA graph can hold it."""
     if not runs_triton(q_THC):
-        return _reference(
+        return decode_attention_reference(
             q_THC,
             k_cache_PBGC,
             v_cache_PBGK,
@@ -368,24 +272,26 @@ def decode_attention(
         v_cache_PBGK = k_cache_PBGC
     else:
         assert turned == 0 and v_cache_PBGK.stride() == k_cache_PBGC.stride()
+    o_THK = q_THC.new_empty(num_tokens, num_heads, value_dim)
+    if num_tokens == 0:  # a grid must not be empty
+        return o_THK
     rows = q_len * group
     tile = _tile(value_dim, turned > 0, rows)
     splits = Splits.of(rows, num_kv_heads, window, q_len)
     num_splits = splits.most(num_entries * page_size)
-    o_THK = q_THC.new_empty(num_tokens, num_heads, value_dim)
     # A single split needs no parts.
-    part_shape = (num_tokens, num_heads, num_splits if num_splits > 1 else 0)
-    part_o_THIK = q_THC.new_empty(*part_shape, value_dim, dtype=torch.float32)
-    part_lse_THI = q_THC.new_empty(part_shape, dtype=torch.float32)
-    _attend[(num_splits, num_kv_heads * triton.cdiv(rows, tile.block_m), num_seqs)](
+    part_shape = (num_splits if num_splits > 1 else 0, num_tokens, num_heads)
+    part_o_ITHK = q_THC.new_empty(*part_shape, value_dim, dtype=torch.float32)
+    part_lse_ITH = q_THC.new_empty(part_shape, dtype=torch.float32)
+    _attend[(num_splits * triton.cdiv(rows, tile.block_m), num_kv_heads, num_seqs)](
         q_THC,
         k_cache_PBGC,
         v_cache_PBGK,
         page_table_SP,
         seq_lens_S,
         o_THK,
-        part_o_THIK,
-        part_lse_THI,
+        part_o_ITHK,
+        part_lse_ITH,
         scale * _LOG2_E,
         q_THC.stride(0),
         q_THC.stride(1),
@@ -409,7 +315,7 @@ def decode_attention(
         num_stages=tile.num_stages,
     )
     if num_splits > 1:
-        combine_splits(part_o_THIK, part_lse_THI, seq_lens_S, o_THK, splits)
+        combine_splits(part_o_ITHK, part_lse_ITH, seq_lens_S, o_THK, splits)
     return o_THK
 
 

@@ -2,7 +2,7 @@
 
     o = Σᵢ 2^(lseᵢ − m) oᵢ / Σᵢ 2^(lseᵢ − m),  m = maxᵢ lseᵢ        over a sequence's splits i
 
-    part_o_THIK      outputs of the splits, float32; lse = log₂ Σ 2^score in part_lse_THI, float32
+    part_o_ITHK      outputs of the splits, float32; lse = log₂ Σ 2^score in part_lse_ITH, float32
     seq_lens_S       int64; T = S · q_len
     → o_THK          written where a sequence has several splits
 
@@ -42,7 +42,7 @@ class Splits(NamedTuple):
     def most(self, max_len: int) -> int:
         """The largest number of splits of any sequence of up to `max_len` positions."""
         if not self.window:
-            return min(triton.cdiv(max_len, self.min_len), self.max_count)
+            return min(-(-max_len // self.min_len), self.max_count)
         # `span` positions touch one multiple of min_len more when they begin just before one.
         span = self.window + self.q_len - 1
         return (span - 2) // self.min_len + 2
@@ -74,7 +74,6 @@ def _combine(
     part_lse_ptr,
     seq_lens_ptr,
     o_ptr,
-    num_splits,
     NUM_HEADS: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     MIN_LEN: tl.constexpr,
@@ -98,7 +97,7 @@ def _combine(
     for start in range(0, num_live, BLOCK_P):
         i_split = start + tl.arange(0, BLOCK_P)
         m_p = i_split < num_live
-        i_part = i_row * num_splits + i_split
+        i_part = i_split.to(tl.int64) * (tl.num_programs(0) * NUM_HEADS) + i_row
         b_lse = tl.load(part_lse_ptr + i_part, mask=m_p, other=float("-inf"))
         # [BLOCK_P, BLOCK_V]
         b_part = tl.load(
@@ -106,30 +105,28 @@ def _combine(
             mask=m_p[:, None] & m_v[None, :],
             other=0.0,
         )
+        # Finite: a query that sees nothing of the first split sees the second.
         b_new_max = tl.maximum(b_max, tl.max(b_lse, 0))
-        # A verified query may see none of these splits: −∞ − −∞ is not a number.
-        b_safe_max = tl.where(b_new_max == float("-inf"), 0.0, b_new_max)
-        b_weight = tl.exp2(b_lse - b_safe_max)
-        b_rescale = tl.exp2(b_max - b_safe_max)
+        b_weight = tl.exp2(b_lse - b_new_max)
+        b_rescale = tl.exp2(b_max - b_new_max)
         b_sum = b_sum * b_rescale + tl.sum(b_weight, 0)
         b_o = b_o * b_rescale + tl.sum(b_weight[:, None] * b_part, 0)
         b_max = b_new_max
-    b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)
+    b_o = b_o / b_sum
     tl.store(o_ptr + i_row * VALUE_DIM + o_v, b_o.to(o_ptr.dtype.element_ty), mask=m_v)
 
 
 def combine_splits(
-    part_o_THIK: Tensor, part_lse_THI: Tensor, seq_lens_S: Tensor, o_THK: Tensor, splits: Splits
+    part_o_ITHK: Tensor, part_lse_ITH: Tensor, seq_lens_S: Tensor, o_THK: Tensor, splits: Splits
 ) -> None:
     """Write the outputs of sequences that have more than one split."""
-    num_tokens, num_heads, num_splits, value_dim = part_o_THIK.shape
+    _, num_tokens, num_heads, value_dim = part_o_ITHK.shape
     block_v = min(128, triton.next_power_of_2(value_dim))
     _combine[(num_tokens, num_heads, triton.cdiv(value_dim, block_v))](
-        part_o_THIK,
-        part_lse_THI,
+        part_o_ITHK,
+        part_lse_ITH,
         seq_lens_S,
         o_THK,
-        num_splits,
         NUM_HEADS=num_heads,
         VALUE_DIM=value_dim,
         MIN_LEN=splits.min_len,

@@ -62,7 +62,8 @@ def gelu_times(gate_TE: Tensor, factor_TE: Tensor) -> Tensor:
     assert factor_TE.shape == gate_TE.shape
     assert gate_TE.stride(1) == 1 and factor_TE.stride(1) == 1
     y_TE = torch.empty(gate_TE.shape, dtype=gate_TE.dtype, device=gate_TE.device)
-    # A thread has 8 values or more, whether warps are 32 or 64 wide: 128-bit loads of bfloat16.
+    # From 512 columns on a thread has 8 values or more, whether warps are 32 or 64 wide: 128-bit
+    # loads of bfloat16.
     block = min(triton.next_power_of_2(width), 1024)
     _gelu_times_kernel[(num_rows, triton.cdiv(width, block))](
         gate_TE,

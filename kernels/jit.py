@@ -20,8 +20,8 @@ except ModuleNotFoundError:  # no Triton for macOS and Windows: the references d
     class _Absent:
         """Lets kernels be defined, never launched."""
 
-        def jit(self, function: Any) -> Any:
-            return function
+        def jit(self, function: Any = None, **_: Any) -> Any:
+            return self.jit if function is None else function
 
         def __getattr__(self, name: str) -> Any:
             return None

@@ -8,19 +8,23 @@
 T tokens   D model width   A experts per token   X = A + n rows per token, n of them dense
 y_TXD, dense_TD, residual_TD in one dtype; weights_TA and the norms' weights float32; scalar_1 any
 → out_TD, next_TD in the residual's dtype. The kernel computes in float32 and rounds at the two
-stores; the reference rounds every step as the torch modules do.
+stores, `next` coming from the rounded `out`; the reference rounds each step, as torch modules do.
 
-One program has one token, its whole row at once:
+One program owns one token and holds its whole row, BLOCK_D values, in registers:
 
-    y[0] … y[A-1] | y[A] … y[X-1] or dense | residual   each [BLOCK_D]   ──▶  out, next
+    y[t, 0] … y[t, A-1] ──▶ routed ─┐
+    y[t, A] … y[t, X-1] ──▶ dense ──┴▶ mixed ─▶ out row t ─▶ next row t
 """
 
 from torch import Tensor
 
 from bezel.kernels.jit import runs_triton, tl, triton
-from bezel.kernels.rms_norm import add_rms_norm_reference, rms_norm_reference
-
-_NUM_WARPS = 8
+from bezel.kernels.rms_norm import (
+    add_rms_norm_reference,
+    inverse_rms,
+    rms_norm_reference,
+    row_tile,
+)
 
 
 def combine_experts_reference(
@@ -51,12 +55,6 @@ def combine_experts_reference(
 
 
 @triton.jit
-def _rms(b_x, dim, eps):
-    """b_x is 0 beyond the row's end."""
-    return b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / dim + eps)
-
-
-@triton.jit
 def _combine_kernel(
     y_ptr,
     weights_ptr,
@@ -69,42 +67,49 @@ def _combine_kernel(
     next_weight_ptr,
     out_ptr,
     next_ptr,
-    dim,
-    eps,
     stride_dt,
     stride_rt,
+    D,
+    eps,
     TOP_K: tl.constexpr,
-    NUM_DENSE: tl.constexpr,
-    HAS_SCALAR: tl.constexpr,
-    HAS_NEXT: tl.constexpr,
+    NUM_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
-    m_d = o_d < dim
-    p_y = y_ptr + i_t * (TOP_K + NUM_DENSE) * dim + o_d
+    m_d = o_d < D
+    p_y = y_ptr + i_t * NUM_ROWS * D + o_d
     b_routed = tl.zeros([BLOCK_D], tl.float32)
     for j in tl.static_range(TOP_K):
         weight = tl.load(weights_ptr + i_t * TOP_K + j)
-        b_routed += weight * tl.load(p_y + j * dim, mask=m_d, other=0.0).to(tl.float32)
-    if NUM_DENSE == 0:
-        p_dense = dense_ptr + i_t * stride_dt + o_d
-        b_dense = tl.load(p_dense, mask=m_d, other=0.0).to(tl.float32)
-    else:
-        b_dense = tl.zeros([BLOCK_D], tl.float32)
-        for j in tl.static_range(TOP_K, TOP_K + NUM_DENSE):
-            b_dense += tl.load(p_y + j * dim, mask=m_d, other=0.0).to(tl.float32)
-    b_mixed = _rms(b_dense, dim, eps) * tl.load(dense_norm_ptr + o_d, mask=m_d, other=0.0)
-    b_mixed += _rms(b_routed, dim, eps) * tl.load(routed_norm_ptr + o_d, mask=m_d, other=0.0)
-    b_out = _rms(b_mixed, dim, eps) * tl.load(post_norm_ptr + o_d, mask=m_d, other=0.0)
-    p_residual = residual_ptr + i_t * stride_rt + o_d
-    b_out += tl.load(p_residual, mask=m_d, other=0.0).to(tl.float32)
-    if HAS_SCALAR:
-        b_out *= tl.load(scalar_ptr).to(tl.float32)
-    tl.store(out_ptr + i_t * dim + o_d, b_out, mask=m_d)
-    if HAS_NEXT:
-        b_next = _rms(b_out, dim, eps) * tl.load(next_weight_ptr + o_d, mask=m_d, other=0.0)
-        tl.store(next_ptr + i_t * dim + o_d, b_next, mask=m_d)
+        # [BLOCK_D]
+        b_routed += weight * tl.load(p_y + j * D, mask=m_d, other=0.0).to(tl.float32)
+    b_dense = tl.zeros([BLOCK_D], tl.float32)
+    for j in tl.static_range(TOP_K, NUM_ROWS):
+        # [BLOCK_D]
+        b_dense += tl.load(p_y + j * D, mask=m_d, other=0.0).to(tl.float32)
+    if dense_ptr is not None:
+        # [BLOCK_D]
+        b_dense = tl.load(dense_ptr + i_t * stride_dt + o_d, mask=m_d, other=0.0).to(tl.float32)
+    # five times [BLOCK_D]
+    b_residual = tl.load(residual_ptr + i_t * stride_rt + o_d, mask=m_d, other=0.0).to(tl.float32)
+    b_routed_norm = tl.load(routed_norm_ptr + o_d, mask=m_d, other=0.0)
+    b_dense_norm = tl.load(dense_norm_ptr + o_d, mask=m_d, other=0.0)
+    b_post_norm = tl.load(post_norm_ptr + o_d, mask=m_d, other=0.0)
+    if next_weight_ptr is not None:
+        b_next_weight = tl.load(next_weight_ptr + o_d, mask=m_d, other=0.0)
+    scalar = 1.0
+    if scalar_ptr is not None:
+        scalar = tl.load(scalar_ptr).to(tl.float32)
+    b_mixed = b_dense * inverse_rms(b_dense, D, eps) * b_dense_norm
+    b_mixed += b_routed * inverse_rms(b_routed, D, eps) * b_routed_norm
+    b_out = (b_residual + b_mixed * inverse_rms(b_mixed, D, eps) * b_post_norm) * scalar
+    b_out = b_out.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + i_t * D + o_d, b_out, mask=m_d)
+    if next_weight_ptr is not None:
+        b_stored = b_out.to(tl.float32)
+        b_next = b_stored * inverse_rms(b_stored, D, eps) * b_next_weight
+        tl.store(next_ptr + i_t * D + o_d, b_next, mask=m_d)
 
 
 def combine_experts(
@@ -155,15 +160,12 @@ def combine_experts(
         next_weight_D,
         out_TD,
         next_TD,
-        dim,
-        eps,
         0 if dense_TD is None else dense_TD.stride(0),
         residual_TD.stride(0),
+        dim,
+        eps,
         TOP_K=top_k,
-        NUM_DENSE=num_rows - top_k,
-        HAS_SCALAR=scalar_1 is not None,
-        HAS_NEXT=next_TD is not None,
-        BLOCK_D=triton.next_power_of_2(dim),
-        num_warps=_NUM_WARPS,
+        NUM_ROWS=num_rows,
+        **row_tile(dim),
     )
     return out_TD, next_TD

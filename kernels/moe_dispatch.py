@@ -7,14 +7,14 @@ T tokens   A experts per token   E experts   N = T·A slots, slot n is choice n 
 M blocks: an upper bound known from N, E and `block_rows`; those left over are (-1, 0, 0).
 chosen_TA ints → sorted_slots_N int32, blocks_M3 int32
 
-A counting sort in fixed order, without atomics. Each program has _SLOTS slots:
+A counting sort in fixed order, without atomics. Up to _MAX_PROGRAMS programs share the slots:
 
-    count  program p:  counts[p, e] = its slots that chose e        (left out if p = 0 is the only one)
+    count  program p:  counts[p, e] = those of its slots that chose e   (left out for few slots)
     sort   program p:  place of a slot = Σ counts[:, < e] + Σ counts[< p, e] + its rank within p
-                       blocks: from the sums over all p, a part in each program
+                       blocks follow from the sums over all p; each program writes a part of them
 
-Slots are taken BLOCK_N at a time, as ones in a tile [BLOCK_N, BLOCK_E]; its running sum down the
-rows is the rank.
+Slots are taken BLOCK_N at a time, as ones in a tile [BLOCK_N, BLOCK_E], where a running sum down
+the rows gives ranks.
 """
 
 import torch
@@ -22,8 +22,9 @@ from torch import Tensor
 
 from bezel.kernels.jit import runs_triton, tl, triton
 
-_SLOTS = 512
-_BLOCK_N = 128
+_MAX_PROGRAMS = 64
+_MAX_ALONE = 128  # slots that one program sorts faster than two launches do
+_BLOCK_N = 64
 _BLOCK_P = 16
 _NUM_WARPS = 8
 
@@ -42,20 +43,21 @@ def dispatch_reference(
     ends_E = counts_E.cumsum(0)
     num_blocks_E = (counts_E + block_rows - 1) // block_rows
     expert_M = torch.repeat_interleave(num_blocks_E)
-    nth_M = torch.arange(len(expert_M)) - (num_blocks_E.cumsum(0) - num_blocks_E)[expert_M]
+    nth_M = torch.arange(len(expert_M), device=experts_N.device)
+    nth_M -= (num_blocks_E.cumsum(0) - num_blocks_E)[expert_M]
     first_M = (ends_E - counts_E)[expert_M] + nth_M * block_rows
     end_M = torch.minimum(first_M + block_rows, ends_E[expert_M])
-    blocks_M3 = torch.zeros(max_blocks(len(experts_N), num_experts, block_rows), 3)
+    blocks_M3 = expert_M.new_zeros(max_blocks(len(experts_N), num_experts, block_rows), 3)
     blocks_M3[:, 0] = -1
     blocks_M3[: len(expert_M)] = torch.stack((expert_M, first_M, end_M), 1)
     return experts_N.argsort(stable=True).int(), blocks_M3.int()
 
 
 @triton.jit
-def _count(chosen_ptr, i_first, i_end, o_e, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
-    """How many of the slots [i_first, i_end) chose each expert, [BLOCK_E]."""
+def _count(chosen_ptr, i_begin, i_end, o_e, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    """How many of the slots [i_begin, i_end) chose each expert, [BLOCK_E]."""
     b_count = tl.zeros([BLOCK_E], tl.int32)
-    for i_n in range(i_first, i_end, BLOCK_N):
+    for i_n in range(i_begin, i_end, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
         b_expert = tl.load(chosen_ptr + o_n, mask=o_n < i_end, other=-1)
         b_count += tl.sum((b_expert[:, None] == o_e[None, :]).to(tl.int32), 0)
@@ -67,14 +69,15 @@ def _count_kernel(
     chosen_ptr,
     counts_ptr,
     num_slots,
-    SLOTS: tl.constexpr,
+    slots_per_program,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     i_p = tl.program_id(0)
     o_e = tl.arange(0, BLOCK_E)
-    i_end = tl.minimum((i_p + 1) * SLOTS, num_slots)
-    b_count = _count(chosen_ptr, i_p * SLOTS, i_end, o_e, BLOCK_N, BLOCK_E)
+    i_begin = i_p * slots_per_program
+    i_end = tl.minimum(i_begin + slots_per_program, num_slots)
+    b_count = _count(chosen_ptr, i_begin, i_end, o_e, BLOCK_N, BLOCK_E)
     tl.store(counts_ptr + i_p * BLOCK_E + o_e, b_count)
 
 
@@ -85,18 +88,19 @@ def _sort_kernel(
     sorted_ptr,
     blocks_ptr,
     num_slots,
+    slots_per_program,
     num_programs,
     num_blocks,
     block_rows,
     COUNTED: tl.constexpr,
-    SLOTS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
     i_p = tl.program_id(0)
     o_e = tl.arange(0, BLOCK_E)
-    i_end = tl.minimum((i_p + 1) * SLOTS, num_slots)
+    i_begin = i_p * slots_per_program
+    i_end = tl.minimum(i_begin + slots_per_program, num_slots)
     b_before = tl.zeros([BLOCK_E], tl.int32)
     if COUNTED:
         b_total = tl.zeros([BLOCK_E], tl.int32)
@@ -113,7 +117,7 @@ def _sort_kernel(
     b_first = b_end - b_total
 
     b_next = b_first + b_before
-    for i_n in range(i_p * SLOTS, i_end, BLOCK_N):
+    for i_n in range(i_begin, i_end, BLOCK_N):
         o_n = i_n + tl.arange(0, BLOCK_N)
         b_expert = tl.load(chosen_ptr + o_n, mask=o_n < i_end, other=-1)
         # [BLOCK_N, BLOCK_E]
@@ -144,27 +148,30 @@ def dispatch(chosen_TA: Tensor, num_experts: int, block_rows: int) -> tuple[Tens
         return dispatch_reference(chosen_TA, num_experts, block_rows)
     assert chosen_TA.is_contiguous()
     num_slots = chosen_TA.numel()
-    num_programs = triton.cdiv(num_slots, _SLOTS)
-    block_e = triton.next_power_of_2(num_experts)
+    slots_per_program = _BLOCK_N * triton.cdiv(num_slots, _BLOCK_N * _MAX_PROGRAMS)
+    if num_slots <= _MAX_ALONE:
+        slots_per_program = _MAX_ALONE
+    num_programs = triton.cdiv(num_slots, slots_per_program)
     num_blocks = max_blocks(num_slots, num_experts, block_rows)
+    block_e = triton.next_power_of_2(num_experts)
+    counts_PE = chosen_TA.new_empty((num_programs, block_e), dtype=torch.int32)
     sorted_slots_N = chosen_TA.new_empty(num_slots, dtype=torch.int32)
     blocks_M3 = chosen_TA.new_empty((num_blocks, 3), dtype=torch.int32)
-    counts_PE = chosen_TA.new_empty((num_programs, block_e), dtype=torch.int32)
-    grid, sizes = (num_programs,), {"SLOTS": _SLOTS, "BLOCK_N": _BLOCK_N, "BLOCK_E": block_e}
+    sizes = {"BLOCK_N": _BLOCK_N, "BLOCK_E": block_e, "num_warps": _NUM_WARPS}
     if num_programs > 1:
-        _count_kernel[grid](chosen_TA, counts_PE, num_slots, **sizes, num_warps=_NUM_WARPS)
-    _sort_kernel[grid](
+        _count_kernel[(num_programs,)](chosen_TA, counts_PE, num_slots, slots_per_program, **sizes)
+    _sort_kernel[(num_programs,)](
         chosen_TA,
         counts_PE,
         sorted_slots_N,
         blocks_M3,
         num_slots,
+        slots_per_program,
         num_programs,
         num_blocks,
         block_rows,
         COUNTED=num_programs > 1,
-        **sizes,
         BLOCK_P=_BLOCK_P,
-        num_warps=_NUM_WARPS,
+        **sizes,
     )
     return sorted_slots_N, blocks_M3

@@ -8,7 +8,7 @@ denominator over all E cancels.
 
 T tokens   E experts   A experts per token
 scores_TE, per_expert_scale_E any float dtype → chosen_TA int32, best first, weights_TA float32.
-All in float32. NaN scores count as −inf in the kernel: ids stay in range whatever the scores are.
+All in float32. The kernel takes NaN scores for −inf, and ids are below E whatever the scores are.
 
 One program takes BLOCK_T rows of scores, a warp for each, and looks A times for the maximum:
 
@@ -57,7 +57,7 @@ def _route_kernel(
     b_scores = tl.load(p_scores, mask=m_scores, other=float("-inf")).to(tl.float32)
     # A NaN would equal no maximum, not even its own.
     b_scores = tl.where(b_scores == b_scores, b_scores, float("-inf"))
-    m_free = (o_e < num_experts)[None, :] & (o_t >= 0)[:, None]
+    m_free = tl.full([BLOCK_T, BLOCK_E], 1, tl.int1)
     b_chosen = tl.zeros([BLOCK_T, BLOCK_A], tl.int32)
     b_top = tl.full([BLOCK_T, BLOCK_A], float("-inf"), tl.float32)
     for j in range(TOP_K):

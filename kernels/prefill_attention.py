@@ -13,9 +13,12 @@ length needs no more pages than the window.
     one block of queries                                      [== b ==]
     keys it is multiplied with               [== window − 1 ==|== b ==]
 
-    q_THC   k_TGC v_TGK fresh   k_cache_PBGC v_cache_PBGK   page_table_SP int64
-    cu_seqlens_q_S1: S+1 offsets into T, int64   seq_lens_S: lengths after the chunk, int64
-    max_q_len: the longest chunk                                                → o_THK
+    q_THC   k_TGC v_TGK fresh   k_cache_PBGC v_cache_PBGK       float32, float16 or bfloat16
+    page_table_SP   cu_seqlens_q_S1, S+1 offsets into T   seq_lens_S, after the chunk      int64
+    max_q_len, the longest chunk                                                → o_THK
+
+Every row of T belongs to a chunk. The references come first; prefill_kernels.py holds the Triton
+kernels and tells what one program computes.
 """
 
 from collections.abc import Iterator
@@ -24,14 +27,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bezel.kernels.jit import runs_triton
+from bezel.kernels.jit import runs_triton, triton
 from bezel.kernels.kv_pages import gather_kv, position_slots
-from bezel.kernels.prefill_kernels import global_prefill, local_prefill
+from bezel.kernels.prefill_kernels import global_kernel, local_kernel, prefill_tile
 
-QUERY_BLOCK = 256  # queries per product: bounds the mask and skips keys outside the window
+QUERY_BLOCK = 256  # the reference's queries per product: skips keys that none of them sees
+LOG2_E = 1.4426950408889634
 
 
-def local_prefill_attention(
+def local_prefill_reference(
     q_THK: Tensor,
     k_TGK: Tensor,
     v_TGK: Tensor,
@@ -40,30 +44,10 @@ def local_prefill_attention(
     page_table_SP: Tensor,
     cu_seqlens_q_S1: Tensor,
     seq_lens_S: Tensor,
-    max_q_len: int,
     scale: float,
     window: int,
-    last_key_T: Tensor | None = None,
+    last_key_T: Tensor | None,
 ) -> Tensor:
-    """Two-source attention; `page_table_SP` is the ring table from before the chunk.
-
-    `last_key_T` (int64) is the last position each query sees, its own or a later one of its chunk.
-    """
-    if runs_triton(q_THK):
-        return local_prefill(
-            q_THK,
-            k_TGK,
-            v_TGK,
-            k_cache_PBGK,
-            v_cache_PBGK,
-            page_table_SP,
-            cu_seqlens_q_S1,
-            seq_lens_S,
-            max_q_len,
-            scale,
-            window,
-            last_key_T,
-        )
     out_THK = torch.empty_like(q_THK)
     for s, rows, start, _ in _chunks(cu_seqlens_q_S1, seq_lens_S):
         first = max(0, start - window + 1)
@@ -77,31 +61,16 @@ def local_prefill_attention(
     return out_THK
 
 
-def global_prefill_attention(
+def global_prefill_reference(
     q_THC: Tensor,
     k_cache_PBGC: Tensor,
     v_cache_PBGK: Tensor | None,
     page_table_SP: Tensor,
     cu_seqlens_q_S1: Tensor,
     seq_lens_S: Tensor,
-    max_q_len: int,
     scale: float,
     value_dim: int,
 ) -> Tensor:
-    """Attention over pages that already hold the chunk. Without `v_cache_PBGK` the value is the
-    first `value_dim` values of the key row."""
-    if runs_triton(q_THC):
-        return global_prefill(
-            q_THC,
-            k_cache_PBGC,
-            v_cache_PBGK,
-            page_table_SP,
-            cu_seqlens_q_S1,
-            seq_lens_S,
-            max_q_len,
-            scale,
-            value_dim,
-        )
     out_THK = q_THC.new_empty(*q_THC.shape[:2], value_dim)
     for s, rows, start, end in _chunks(cu_seqlens_q_S1, seq_lens_S):
         slots = _slots(0, end, page_table_SP[s], k_cache_PBGC.shape[1])
@@ -162,3 +131,154 @@ def _causal_attention(
         )
         out.append(o_HBK[0].transpose(0, 1))
     return torch.cat(out)
+
+
+def local_prefill_attention(
+    q_THK: Tensor,
+    k_TGK: Tensor,
+    v_TGK: Tensor,
+    k_cache_PBGK: Tensor,
+    v_cache_PBGK: Tensor,
+    page_table_SP: Tensor,
+    cu_seqlens_q_S1: Tensor,
+    seq_lens_S: Tensor,
+    max_q_len: int,
+    scale: float,
+    window: int,
+    last_key_T: Tensor | None = None,
+) -> Tensor:
+    """Two-source attention; `page_table_SP` is the ring table from before the chunk.
+
+    `last_key_T` (int64) is the last position each query sees, its own or a later one of its chunk.
+    """
+    if not runs_triton(q_THK):
+        return local_prefill_reference(
+            q_THK,
+            k_TGK,
+            v_TGK,
+            k_cache_PBGK,
+            v_cache_PBGK,
+            page_table_SP,
+            cu_seqlens_q_S1,
+            seq_lens_S,
+            scale,
+            window,
+            last_key_T,
+        )
+    num_heads, head_dim = q_THK.shape[1:]
+    for x in (q_THK, k_TGK, v_TGK):
+        assert x.stride()[1:] == (head_dim, 1), "a token's heads must be contiguous"
+    page_size, num_kv_heads = _check_pages(k_cache_PBGK, v_cache_PBGK, page_table_SP)
+    group, tile = num_heads // num_kv_heads, prefill_tile(q_THK, is_packed=False)
+    out_THK = q_THK.new_empty(q_THK.shape)
+    grid = (triton.cdiv(max_q_len, tile.rows // group), num_kv_heads, len(seq_lens_S))
+    if 0 in grid:
+        return out_THK
+    local_kernel[grid](
+        q_THK,
+        k_TGK,
+        v_TGK,
+        k_cache_PBGK,
+        v_cache_PBGK,
+        page_table_SP,
+        cu_seqlens_q_S1,
+        seq_lens_S,
+        last_key_T,
+        out_THK,
+        q_THK.stride(0),
+        k_TGK.stride(0),
+        v_TGK.stride(0),
+        k_cache_PBGK.stride(0),
+        k_cache_PBGK.stride(1),
+        page_table_SP.stride(0),
+        out_THK.stride(0),
+        scale * LOG2_E,
+        WINDOW=window,
+        PAGE_SIZE=page_size,
+        RING=page_table_SP.shape[1],
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_K=_block(head_dim),
+        BLOCK_M=tile.rows,
+        BLOCK_L=tile.keys,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out_THK
+
+
+def global_prefill_attention(
+    q_THC: Tensor,
+    k_cache_PBGC: Tensor,
+    v_cache_PBGK: Tensor | None,
+    page_table_SP: Tensor,
+    cu_seqlens_q_S1: Tensor,
+    seq_lens_S: Tensor,
+    max_q_len: int,
+    scale: float,
+    value_dim: int,
+) -> Tensor:
+    """Attention over pages that already hold the chunk. Without `v_cache_PBGK` the value is the
+    first `value_dim` values of the key row."""
+    if not runs_triton(q_THC):
+        return global_prefill_reference(
+            q_THC,
+            k_cache_PBGC,
+            v_cache_PBGK,
+            page_table_SP,
+            cu_seqlens_q_S1,
+            seq_lens_S,
+            scale,
+            value_dim,
+        )
+    num_heads, width = q_THC.shape[1:]
+    assert q_THC.stride()[1:] == (width, 1), "a token's heads must be contiguous"
+    page_size, num_kv_heads = _check_pages(k_cache_PBGC, v_cache_PBGK, page_table_SP)
+    group, tile = num_heads // num_kv_heads, prefill_tile(q_THC, v_cache_PBGK is None)
+    out_THK = q_THC.new_empty(*q_THC.shape[:2], value_dim)
+    grid = (triton.cdiv(max_q_len, tile.rows // group), num_kv_heads, len(seq_lens_S))
+    if 0 in grid:
+        return out_THK
+    global_kernel[grid](
+        q_THC,
+        k_cache_PBGC,
+        v_cache_PBGK,
+        page_table_SP,
+        cu_seqlens_q_S1,
+        seq_lens_S,
+        out_THK,
+        q_THC.stride(0),
+        k_cache_PBGC.stride(0),
+        k_cache_PBGC.stride(1),
+        page_table_SP.stride(0),
+        out_THK.stride(0),
+        scale * LOG2_E,
+        PAGE_SIZE=page_size,
+        GROUP=group,
+        VALUE_DIM=value_dim,
+        NUM_TURNED=width - value_dim,
+        BLOCK_K=_block(value_dim),
+        BLOCK_J=_block(width - value_dim),
+        BLOCK_M=tile.rows,
+        BLOCK_L=tile.keys,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    return out_THK
+
+
+def _block(width: int) -> int:
+    """Block that holds `width` values; the hardware multiplies no fewer than 16."""
+    block: int = max(16, triton.next_power_of_2(width))
+    return block
+
+
+def _check_pages(
+    k_cache_PBGC: Tensor, v_cache_PBGK: Tensor | None, page_table_SP: Tensor
+) -> tuple[int, int]:
+    """Page size and number of kv heads of caches laid out as the kernels expect."""
+    page_size, num_kv_heads, width = k_cache_PBGC.shape[1:]
+    assert k_cache_PBGC.stride()[1:] == (num_kv_heads * width, width, 1)
+    assert v_cache_PBGK is None or v_cache_PBGK.stride() == k_cache_PBGC.stride()
+    assert page_table_SP.stride(1) == 1
+    return page_size, num_kv_heads

@@ -12,7 +12,11 @@ rows are (token, head) pairs, so that a key is loaded once for all heads that sh
                [ BLOCK_L ][ BLOCK_L ][ BLOCK_L ][ BLOCK_L ][ BLOCK_L ][ BLOCK_L ]
                from pages; page ids are read one block ahead, so that keys can be as well
 
-`stop` is the end of what the block's last query sees: no block of keys is loaded that none sees.
+`stop` is the end of what the block's queries see: keys are loaded once for each block of queries
+that sees one of them, on local layers (b + window − 1) / b times for b tokens a block, on global
+ones L / 2b times in a prompt of L tokens. Blocks of one sequence and head stand next to each other
+in the grid, so that the L2 cache can serve all of them but the first.
+
 Every block is masked. Only those at the edges need it, but beside products of width 256 and more a
 comparison costs nothing, and one loop is easier to read than three.
 
@@ -26,8 +30,6 @@ from torch import Tensor
 
 from bezel.kernels.jit import tile_family, tl, triton
 
-LOG2_E = 1.4426950408889634
-
 
 class Tile(NamedTuple):
     """BLOCK_M rows × BLOCK_L keys, and how Triton is to compile them."""
@@ -38,30 +40,47 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# The float32 sums of 64 × 512 values are half of the register file of a whole multiprocessor, and
-# 99 KiB of shared memory don't hold more than one pair of 32 × 512 blocks beside the queries.
-NARROW = {  # head width up to 256, K and V
+# The float32 sums of 64 × 512 values fill half of a multiprocessor's registers. 99 KiB of shared
+# memory hold 32 × 512 queries and one block of as many keys and values.
+_NARROW = {  # key rows of up to 256 values
     "sm_80": Tile(64, 32, 8, 3),
     "sm_89": Tile(64, 32, 8, 2),
     "sm_90": Tile(128, 64, 8, 2),
-    "sm_100": Tile(128, 32, 8, 2),
+    "sm_100": Tile(128, 32, 8, 3),
     "gfx942": Tile(64, 32, 4, 1),
 }
-WIDE = {  # up to 512, K and V
+_WIDE = {  # up to 512 values, V apart
     "sm_80": Tile(32, 32, 8, 2),
     "sm_89": Tile(32, 32, 8, 2),
     "sm_90": Tile(64, 32, 8, 2),
     "sm_100": Tile(64, 32, 8, 2),
     "gfx942": Tile(32, 32, 4, 1),
 }
-PACKED = {  # up to 512 values and the turned part of K
-    "sm_80": Tile(64, 16, 8, 3),
+_PACKED = {  # up to 512 values of V and the turned part of K
+    "sm_80": Tile(64, 32, 8, 2),
     "sm_89": Tile(32, 32, 8, 2),
     "sm_90": Tile(64, 32, 8, 2),
-    "sm_100": Tile(64, 16, 8, 3),
+    "sm_100": Tile(64, 32, 8, 2),
     "gfx942": Tile(32, 32, 4, 1),
 }
-FLOAT32 = Tile(16, 16, 4, 1)  # every width and architecture: exact, not fast
+# To be exact, not fast; whatever the width.
+_FLOAT32 = dict.fromkeys(_NARROW, Tile(16, 16, 8, 1)) | {"gfx942": Tile(16, 16, 4, 1)}
+
+
+def prefill_tile(q_THC: Tensor, is_packed: bool) -> Tile:
+    """The blocks in which queries of this width and dtype are computed."""
+    width = q_THC.shape[-1]
+    if q_THC.element_size() > 2:
+        tiles = _FLOAT32
+    elif width <= 256:
+        tiles = _NARROW
+    else:
+        tiles = _PACKED if is_packed else _WIDE
+    return tiles[tile_family()]
+
+
+# These begin, and tables are wide, as each step has it: a kernel compiled for one fits all.
+_VARYING = ("table_ptr", "cu_seqlens_ptr", "seq_lens_ptr", "last_key_ptr", "stride_table")
 
 
 @triton.jit
@@ -100,8 +119,8 @@ def _attend(b_s, m_visible, b_v, scale_log2, b_acc, b_max, b_sum):
     return b_acc, b_new_max, b_sum
 
 
-@triton.jit
-def _local_kernel(
+@triton.jit(do_not_specialize=_VARYING)
+def local_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -203,8 +222,8 @@ def _local_kernel(
     tl.store(o_ptr + o_o[:, None] + o_k[None, :], b_o, mask=m_m[:, None] & m_k)
 
 
-@triton.jit
-def _global_kernel(
+@triton.jit(do_not_specialize=_VARYING)
+def global_kernel(
     q_ptr,
     k_cache_ptr,
     v_cache_ptr,
@@ -292,130 +311,3 @@ def _global_kernel(
     o_o = (first_row + o_t) * stride_ot + i_h * VALUE_DIM
     b_o = (b_acc / b_sum[:, None]).to(o_ptr.dtype.element_ty)
     tl.store(o_ptr + o_o[:, None] + o_k[None, :], b_o, mask=m_m[:, None] & m_k)
-
-
-def local_prefill(
-    q_THK: Tensor,
-    k_TGK: Tensor,
-    v_TGK: Tensor,
-    k_cache_PBGK: Tensor,
-    v_cache_PBGK: Tensor,
-    page_table_SP: Tensor,
-    cu_seqlens_q_S1: Tensor,
-    seq_lens_S: Tensor,
-    max_q_len: int,
-    scale: float,
-    window: int,
-    last_key_T: Tensor | None,
-) -> Tensor:
-    """Launch the kernel of `local_prefill_attention`."""
-    num_heads, head_dim = q_THK.shape[1:]
-    page_size, num_kv_heads = k_cache_PBGK.shape[1:3]
-    for x in (q_THK, k_TGK, v_TGK):
-        assert x.stride()[1:] == (head_dim, 1), "a token's heads must be contiguous"
-    _check_pages(k_cache_PBGK, v_cache_PBGK, page_table_SP)
-    group = num_heads // num_kv_heads
-    tile = _tile(q_THK, NARROW if head_dim <= 256 else WIDE)
-    out_THK = q_THK.new_empty(q_THK.shape)
-    grid = (triton.cdiv(max_q_len, tile.rows // group), num_kv_heads, len(seq_lens_S))
-    if 0 in grid:
-        return out_THK
-    _local_kernel[grid](
-        q_THK,
-        k_TGK,
-        v_TGK,
-        k_cache_PBGK,
-        v_cache_PBGK,
-        page_table_SP,
-        cu_seqlens_q_S1,
-        seq_lens_S,
-        last_key_T,
-        out_THK,
-        q_THK.stride(0),
-        k_TGK.stride(0),
-        v_TGK.stride(0),
-        k_cache_PBGK.stride(0),
-        k_cache_PBGK.stride(1),
-        page_table_SP.stride(0),
-        out_THK.stride(0),
-        scale * LOG2_E,
-        WINDOW=window,
-        PAGE_SIZE=page_size,
-        RING=page_table_SP.shape[1],
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_K=_block(head_dim),
-        BLOCK_M=tile.rows,
-        BLOCK_L=tile.keys,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    return out_THK
-
-
-def global_prefill(
-    q_THC: Tensor,
-    k_cache_PBGC: Tensor,
-    v_cache_PBGK: Tensor | None,
-    page_table_SP: Tensor,
-    cu_seqlens_q_S1: Tensor,
-    seq_lens_S: Tensor,
-    max_q_len: int,
-    scale: float,
-    value_dim: int,
-) -> Tensor:
-    """Launch the kernel of `global_prefill_attention`."""
-    num_heads, width = q_THC.shape[1:]
-    page_size, num_kv_heads = k_cache_PBGC.shape[1:3]
-    assert q_THC.stride()[1:] == (width, 1), "a token's heads must be contiguous"
-    _check_pages(k_cache_PBGC, v_cache_PBGK, page_table_SP)
-    group = num_heads // num_kv_heads
-    wide = PACKED if v_cache_PBGK is None else WIDE
-    tile = _tile(q_THC, NARROW if width <= 256 else wide)
-    out_THK = q_THC.new_empty(*q_THC.shape[:2], value_dim)
-    grid = (triton.cdiv(max_q_len, tile.rows // group), num_kv_heads, len(seq_lens_S))
-    if 0 in grid:
-        return out_THK
-    _global_kernel[grid](
-        q_THC,
-        k_cache_PBGC,
-        v_cache_PBGK,
-        page_table_SP,
-        cu_seqlens_q_S1,
-        seq_lens_S,
-        out_THK,
-        q_THC.stride(0),
-        k_cache_PBGC.stride(0),
-        k_cache_PBGC.stride(1),
-        page_table_SP.stride(0),
-        out_THK.stride(0),
-        scale * LOG2_E,
-        PAGE_SIZE=page_size,
-        GROUP=group,
-        VALUE_DIM=value_dim,
-        NUM_TURNED=width - value_dim,
-        BLOCK_K=_block(value_dim),
-        BLOCK_J=_block(width - value_dim),
-        BLOCK_M=tile.rows,
-        BLOCK_L=tile.keys,
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
-    )
-    return out_THK
-
-
-def _tile(q_THC: Tensor, tiles: dict[str, Tile]) -> Tile:
-    return FLOAT32 if q_THC.element_size() > 2 else tiles[tile_family()]
-
-
-def _block(width: int) -> int:
-    """Block that holds `width` values; the hardware multiplies by no less than 16."""
-    block: int = max(16, triton.next_power_of_2(width))
-    return block
-
-
-def _check_pages(k_cache_PBGC: Tensor, v_cache_PBGK: Tensor | None, page_table_SP: Tensor) -> None:
-    width, num_heads = k_cache_PBGC.shape[3], k_cache_PBGC.shape[2]
-    assert k_cache_PBGC.stride()[1:] == (num_heads * width, width, 1)
-    assert v_cache_PBGK is None or v_cache_PBGK.stride() == k_cache_PBGC.stride()
-    assert page_table_SP.stride(1) == 1

@@ -107,7 +107,7 @@ def _add_rms_norm_kernel(
     if scalar_ptr is not None:
         # one value
         b_scalar = tl.load(scalar_ptr).to(tl.float32)
-    b_next_weights = ()
+    b_next_weights = tl.tuple([])
     for i_n in tl.static_range(NUM_NEXT):
         # [BLOCK_D]
         b_next_weights += (tl.load(next_weight_ptr + i_n * stride_wn + o_d, mask=m_d, other=0.0),)
@@ -184,7 +184,8 @@ def add_rms_norm(
 def row_tile(width: int) -> dict[str, int]:
     """Launch options for a program that holds a whole row; the same on every architecture.
 
-    A thread has 8 values or more, whether warps are 32 or 64 wide: 128-bit loads of bfloat16.
+    From 512 columns on a thread has 8 values or more, whether warps are 32 or 64 wide: 128-bit
+    loads of bfloat16.
     """
     block = triton.next_power_of_2(width)
     return {"BLOCK_D": block, "num_warps": min(max(block // 512, 1), 8)}

@@ -6,6 +6,9 @@
 Pairs from J on stay as they are: Gemma 4's global layers turn 64 of 256 pairs ("proportional"),
 all others turn every pair. The exponent divides by the whole head width K either way.
 
+A GPU turns pairs where it norms and stores them, in `qkv.py`; here are the tables, for any device,
+and the reference.
+
 T tokens   H heads   K head width   J turned pairs
 """
 

@@ -4,97 +4,90 @@
     of those the ones with at least min_p times the largest probability;
     token = argmax over the kept of  logit / temperature + Gumbel(seed, position, token)
 
-The noise is a pure function of (seed, position, token id), so a draw doesn't depend on the other
-rows, on their number, or on what was drawn before. Temperature 0 takes the largest logit; top_k 0,
-top_p 1 and min_p 0 cut nothing.
+Of equal logits the lower token id ranks first. Temperature 0 takes the largest logit; top_k 0 or
+above V, top_p 1 and min_p 0 cut nothing.
 
-logits_SV float32; temperature, top_p, min_p float32; top_k, seed, position int64; all of length S.
+S rows   V vocabulary   C tokens that may be drawn   N rows of one kind   B blocks of BLOCK_V tokens
+
+logits_SV any float dtype; all arithmetic in float32. What a row draws depends on the row alone: its
+sums are taken in an order of its own, its noise is a function of (seed, position, token).
+
+The host knows all parameters, and deals with rows by kind; nothing is read back from the device:
+
+    greedy, no top_k or top_p   best of each block, then of all    reads the logits once (with min_p
+                                                                   twice: first for the maximum)
+    top_k ≤ MAX_TOP_K           list of candidates, see there;     reads the logits once
+                                a program searches each list
+    other cuts                  a program searches each row        reads the logits 20 times or more
 """
+
+from collections.abc import Sequence
+from enum import IntEnum
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+from bezel.kernels.candidates import MAX_TOP_K, MAX_VOCAB_SIZE, largest
+from bezel.kernels.draw import Parameters, draw_cut, draw_uncut
+from bezel.kernels.gumbel import NOISE_RANGE, gumbel, noise_key
+from bezel.kernels.jit import runs_triton
 
 CACHED_VALUES = 1 << 18  # logits worked on at a time: a dozen passes over more leave the cache
-TOP_K_BLOCK = 512
-NOISE_RANGE = 19.5  # more than the largest possible noise, 16.64, minus the smallest, −2.82
-MAX_PARTIAL_TOP_K = 1024  # above this a full sort of the row is no slower than a partial one
-
-# SplitMix64 (Steele, Lea, Flood 2014) for the key of a row, MurmurHash3's 32-bit finaliser
-# (Appleby 2011) for its 262,144 tokens, where 64-bit products would cost twice as much.
-# All as signed numbers: torch has no unsigned arithmetic.
-_GAMMA = 0x9E3779B97F4A7C15 - 2**64
-_MIX64 = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
-_MIX32 = ((16, 0x85EBCA6B - 2**32), (13, 0xC2B2AE35 - 2**32), (16, 1))
-_GOLDEN32 = 0x9E3779B1 - 2**32
 
 
-def sample(
-    logits_SV: Tensor,
-    temperature_S: Tensor,
-    top_k_S: Tensor,
-    top_p_S: Tensor,
-    min_p_S: Tensor,
-    seed_S: Tensor,
-    position_S: Tensor,
-) -> Tensor:
-    """Token ids (int64, S)."""
-    vocab_size = logits_SV.shape[1]
-    token_ids_S = logits_SV.argmax(-1)
-    is_random_S = temperature_S > 0
-    is_partial_S = (top_k_S > 0) & (top_k_S <= min(MAX_PARTIAL_TOP_K, vocab_size))
-    is_uncut_S = (top_k_S == 0) & (top_p_S == 1)
-    # Which of several equal logits `topk` takes depends on how many it is asked for, so that number
-    # is a row's own, never the largest of the batch.
-    num_sorted_S = torch.where(is_partial_S, top_k_S, vocab_size).masked_fill(is_uncut_S, 0)
-    for num_sorted in torch.unique(num_sorted_S[is_random_S]).tolist():
-        rows_S = (is_random_S & (num_sorted_S == num_sorted)).nonzero()[:, 0]
-        for rows in rows_S.split(max(1, CACHED_VALUES // vocab_size)):
-            logits_SC = logits_SV[rows] / temperature_S[rows, None]
-            if num_sorted:
-                logits_SC, candidates_SC = _top_k(logits_SC, num_sorted)
-                logits_SC = _cut_top_k_top_p(logits_SC, top_k_S[rows], top_p_S[rows])
-            else:
-                candidates_SC = _contenders(logits_SC)
-                logits_SC = logits_SC.gather(1, candidates_SC)
-            logits_SC = _cut_min_p(logits_SC, min_p_S[rows])
-            noise_SC = gumbel(seed_S[rows], position_S[rows], candidates_SC)
-            winners = (logits_SC + noise_SC).argmax(-1, keepdim=True)
-            token_ids_S[rows] = candidates_SC.gather(1, winners)[:, 0]
+class Kind(IntEnum):
+    """Without noise; or how many logits have to be ranked: none, `top_k` of them, or all."""
+
+    GREEDY = 0
+    UNCUT = 1
+    TOP_K = 2
+    CUT = 3
+
+
+def kind_of(temperature: float, top_k: int, top_p: float) -> Kind:
+    if temperature == 0:
+        return Kind.GREEDY
+    if top_k == 0 and top_p == 1:
+        return Kind.UNCUT
+    return Kind.TOP_K if 0 < top_k <= MAX_TOP_K else Kind.CUT
+
+
+def sample_reference(logits_SV: Tensor, params: Parameters, kinds: Sequence[Kind]) -> Tensor:
+    token_ids_S = torch.empty(len(kinds), dtype=torch.int64)
+    members: dict[tuple[Kind, int], list[int]] = {}
+    for row, (kind, k) in enumerate(zip(kinds, params.top_k_S.tolist(), strict=True)):
+        members.setdefault((kind, k if kind is Kind.TOP_K else 0), []).append(row)
+    for (kind, k), all_rows in members.items():
+        for rows in torch.tensor(all_rows).split(max(1, CACHED_VALUES // logits_SV.shape[1])):
+            own = Parameters(*(column_S[rows] for column_S in params))
+            token_ids_S[rows] = _draw(logits_SV[rows].float(), own, kind, k)
     return token_ids_S
 
 
-def _contenders(logits_SV: Tensor) -> Tensor:
+def _draw(logits_SV: Tensor, params: Parameters, kind: Kind, k: int) -> Tensor:
+    """Rows of one kind, and where that is TOP_K of one k."""
+    if kind is Kind.GREEDY:
+        return logits_SV.argmax(-1)
+    temperature_S1 = params.temperature_S[:, None]
+    if kind is Kind.UNCUT:
+        ids_SC = _contenders(logits_SV, temperature_S1)
+        scores_SC = logits_SV.gather(1, ids_SC) / temperature_S1
+    else:
+        logits_SC, ids_SC = largest(logits_SV, k or logits_SV.shape[1])
+        scores_SC = _cut_top_k_top_p(logits_SC / temperature_S1, params.top_k_S, params.top_p_S)
+    floor_S1 = scores_SC.amax(-1, keepdim=True) + params.log_min_p_S[:, None]
+    scores_SC = scores_SC.masked_fill(scores_SC < floor_S1, -torch.inf)
+    winners_S1 = (scores_SC + gumbel(params.key_S, ids_SC)).argmax(-1, keepdim=True)
+    return ids_SC.gather(1, winners_S1)[:, 0]
+
+
+def _contenders(logits_SV: Tensor, temperature_S1: Tensor) -> Tensor:
     """Tokens that noise could lift above a row's largest logit: few, as a rule, of many."""
+    floor_S1 = logits_SV.amax(-1, keepdim=True) - NOISE_RANGE * temperature_S1
     # Not `>=`: a row of NaN, the model's fault, still has to give some token.
-    could_win_SV = ~(logits_SV < logits_SV.amax(-1, keepdim=True) - NOISE_RANGE)
+    could_win_SV = ~(logits_SV < floor_S1)
     return could_win_SV.any(0).nonzero()[:, 0].expand(len(logits_SV), -1)
-
-
-def _top_k(logits_SV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits in falling order and where they are.
-
-    They lie in the k blocks with the largest maxima, so only those need sorting.
-    """
-    num_rows, vocab_size = logits_SV.shape
-    if vocab_size % TOP_K_BLOCK or 2 * k * TOP_K_BLOCK > vocab_size:
-        return logits_SV.topk(k, dim=-1)
-    blocks_SNB = logits_SV.view(num_rows, -1, TOP_K_BLOCK)
-    chosen_SK = blocks_SNB.amax(-1).topk(k, dim=-1).indices
-    kept_SKB = blocks_SNB.gather(1, chosen_SK[..., None].expand(-1, -1, TOP_K_BLOCK))
-    logits_SK, index_SK = kept_SKB.flatten(1).topk(k, dim=-1)
-    block_SK = chosen_SK.gather(1, index_SK // TOP_K_BLOCK)
-    return logits_SK, block_SK * TOP_K_BLOCK + index_SK % TOP_K_BLOCK
-
-
-def gumbel(seed_S: Tensor, position_S: Tensor, token_ids_SC: Tensor) -> Tensor:
-    """Standard Gumbel noise of each row's tokens: float32, S×C."""
-    key_S = _mix(_mix(seed_S * _GAMMA, _MIX64) + position_S * _GAMMA, _MIX64)
-    low_S, high_S = key_S.to(torch.int32), _shift_right(key_S, 32).to(torch.int32)
-    bits = _mix(token_ids_SC.to(torch.int32) * _GOLDEN32 + low_S[:, None], _MIX32)
-    bits = _mix(bits ^ high_S[:, None], _MIX32)
-    # 23 bits and a half: exact in float32, and never 0 or 1, where a logarithm would be infinite.
-    uniform = (_shift_right(bits, 9).float() + 0.5) * 2.0**-23
-    return -torch.log(-torch.log(uniform))
 
 
 def _cut_top_k_top_p(logits_SC: Tensor, top_k_S: Tensor, top_p_S: Tensor) -> Tensor:
@@ -109,18 +102,72 @@ def _cut_top_k_top_p(logits_SC: Tensor, top_k_S: Tensor, top_p_S: Tensor) -> Ten
     return logits_SC.masked_fill(cut_p, -torch.inf)
 
 
-def _cut_min_p(logits_SC: Tensor, min_p_S: Tensor) -> Tensor:
-    largest = logits_SC.amax(-1, keepdim=True)
-    return logits_SC.masked_fill(logits_SC < largest + min_p_S[:, None].log(), -torch.inf)
+def to_device(host: Tensor, device: torch.device) -> Tensor:
+    """A copy that the host doesn't wait for."""
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
-def _mix(x: Tensor, rounds: tuple[tuple[int, int], ...]) -> Tensor:
-    for shift, factor in rounds:
-        x = (x ^ _shift_right(x, shift)) * factor
-    return x
+def sample(
+    logits_SV: Tensor,
+    temperature: Sequence[float],
+    top_k: Sequence[int],
+    top_p: Sequence[float],
+    min_p: Sequence[float],
+    seed: Sequence[int],
+    position: Sequence[int],
+) -> Tensor:
+    """Token ids (int64, S), on the device of the logits; V ≤ MAX_VOCAB_SIZE.
+
+    The parameters, one for each row, are in host memory. Seeds are any 64-bit integers. Of a row
+    of nothing but NaN and −inf some token is drawn.
+    """
+    vocab_size = logits_SV.shape[1]
+    assert vocab_size <= MAX_VOCAB_SIZE and logits_SV.stride(1) == 1
+    top_k = [k if k < vocab_size else 0 for k in top_k]
+    kinds = [kind_of(*row) for row in zip(temperature, top_k, top_p, strict=True)]
+    temperature_S, top_p_S, min_p_S = (
+        torch.tensor(column, dtype=torch.float32) for column in (temperature, top_p, min_p)
+    )
+    top_k_S, seed_S, position_S = (
+        torch.tensor(column, dtype=torch.int64) for column in (top_k, seed, position)
+    )
+    key_S = noise_key(seed_S, position_S)
+    params = Parameters(temperature_S, top_p_S, min_p_S.log(), top_k_S, key_S)
+    if runs_triton(logits_SV):
+        has_min_p = any(p > 0 for p, kind in zip(min_p, kinds, strict=True) if kind is Kind.UNCUT)
+        return _sample_by_kernels(logits_SV, params, kinds, has_min_p)
+    return sample_reference(logits_SV, params, kinds)
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift; `>>` alone would drag the sign along."""
-    width = torch.iinfo(x.dtype).bits
-    return (x >> bits) & ((1 << (width - bits)) - 1)
+def _sample_by_kernels(
+    logits_SV: Tensor, params: Parameters, kinds: list[Kind], has_min_p: bool
+) -> Tensor:
+    """`has_min_p`: whether any of the rows that nothing else cuts has a min_p."""
+    device = logits_SV.device
+    rows = {kind: [row for row, own in enumerate(kinds) if own is kind] for kind in Kind}
+    num_noisy, num_top_k = len(rows[Kind.UNCUT]), len(rows[Kind.TOP_K])
+    uncut_N = torch.tensor(rows[Kind.GREEDY] + rows[Kind.UNCUT], dtype=torch.int64)
+    cut_N = torch.tensor(rows[Kind.TOP_K] + rows[Kind.CUT], dtype=torch.int64)
+    temperature_S, top_p_S, log_min_p_S = _send_columns(params[:3], device)
+    top_k_S, key_S, uncut_NP, cut_NP = _send_columns((*params[3:], uncut_N, cut_N), device)
+    params = Parameters(temperature_S, top_p_S, log_min_p_S, top_k_S, key_S)
+    token_ids_S = torch.empty(len(kinds), dtype=torch.int64, device=device)
+    if len(uncut_N):
+        rows_N = uncut_NP[: len(uncut_N)]
+        draw_uncut(logits_SV, rows_N, params, num_noisy > 0, has_min_p, token_ids_S)
+    if len(cut_N):
+        draw_cut(logits_SV, cut_NP[: len(cut_N)], params, num_top_k, token_ids_S)
+    return token_ids_S
+
+
+def _send_columns(columns: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+    """Columns of one dtype as one copy, padded to one length.
+
+    That is a multiple of 16, so that all columns begin at one: Triton compiles a kernel anew when
+    an address is the first that isn't, and a step would have to wait.
+    """
+    length = -(-max(len(column) for column in columns) // 16) * 16
+    padded = [F.pad(column, (0, length - len(column))) for column in columns]
+    return to_device(torch.stack(padded), device).unbind()

@@ -13,6 +13,16 @@ import torch
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the engine's end-to-end tests run it")
+
+
+@pytest.fixture(scope="session")
+def device(request: pytest.FixtureRequest) -> str:
+    name: str = request.config.getoption("--device")
+    return name
+
+
 @pytest.fixture(scope="session")
 def small_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Gemma 4 of a few thousand random parameters, as a directory; it never says EOS."""

@@ -5,6 +5,9 @@ driver names any target it is told to, loads nothing, and its launcher only note
 the real wrappers can be called with tensors on torch's meta device, which have shapes, strides and
 alignment but no memory, and what gets compiled is what a GPU would be given: the same tiles, the
 same constants, the same proofs of divisibility.
+
+Kernels without a matrix product are as simple on one architecture as on the other; to save time
+they are compiled for two of them only.
 """
 
 from collections.abc import Iterator
@@ -13,12 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as triton_driver
+from triton.runtime.jit import JITFunction
 
 from bezel.kernels.jit import triton_on_cpu
+
+COMPILE_ALL = ("sm_90", "gfx942")  # on other architectures, what multiplies matrices
 
 
 @dataclass
@@ -57,6 +62,10 @@ class CompilingDriver:
     def get_device_properties(self, device: str) -> dict[str, int]:
         return {"max_shared_mem": 1 << 30}  # the gate has a better message than Triton's error
 
+    def is_left_out(self, *, fn: Any, **_: Any) -> bool:
+        """Triton's hook before it compiles: whether it should not, nor launch."""
+        return self.architecture not in COMPILE_ALL and not _multiplies(fn.jit_function)
+
     def keep(self, *, src: Any, metadata: Any, metadata_group: Any, **_: Any) -> None:
         """Triton's listener, called with every kernel that it has compiled."""
         files = {Path(name).suffix[1:]: Path(path) for name, path in metadata_group.items()}
@@ -66,9 +75,11 @@ class CompilingDriver:
         return None, None, 0, 0, 1024  # module, function, registers, spills, most threads
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        users = self.kernels[metadata.hash].users
-        users.add(self.user)
-        return lambda *_: users.add(self.user)
+        def launch(width: int, height: int, depth: int, *_: Any) -> None:
+            if width * height * depth:
+                self.kernels[metadata.hash].users.add(self.user)
+
+        return launch
 
 
 @contextmanager
@@ -76,6 +87,15 @@ def compiling_for(architecture: str) -> Iterator[CompilingDriver]:
     """Launches for tensors on any device compile for `architecture`, and do nothing else."""
     driver = CompilingDriver(architecture)
     triton_driver.set_active(driver)
-    with triton_on_cpu(architecture), knobs.compilation.scope():
+    with triton_on_cpu(architecture), knobs.compilation.scope(), knobs.runtime.scope():
+        knobs.runtime.jit_cache_hook = driver.is_left_out
         knobs.compilation.listener = driver.keep
         yield driver
+
+
+def _multiplies(function: JITFunction) -> bool:
+    """Whether a kernel, or a function that it calls, has a product of matrices."""
+    if "tl.dot(" in function.src:
+        return True
+    known = [function.fn.__globals__.get(name) for name in function.fn.__code__.co_names]
+    return any(isinstance(callee, JITFunction) and _multiplies(callee) for callee in known)

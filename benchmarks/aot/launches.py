@@ -10,18 +10,23 @@ neither, and for the experts every range of tokens that has tiles of its own.
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
+from aot.driver import CompilingDriver
 from torch import Tensor
 
-from aot.driver import CompilingDriver
 from bezel.engine.batch import Batch
 from bezel.engine.decode_graphs import DecodeGraphs
 from bezel.engine.kv_cache import KVCache
 from bezel.engine.kv_layout import KVLayout
 from bezel.engine.model_config import ModelConfig
 from bezel.engine.models.registry import build_model
+from bezel.engine.page_tables import PageTables
+from bezel.engine.sampler import Sampler
+from bezel.engine.sampling_params import SamplingParams
+from bezel.engine.sequence import Sequence
 
 META = torch.device("meta")
 DTYPE = torch.bfloat16
@@ -32,6 +37,13 @@ PAGE_SIZE = 16
 DECODE_SIZES = [1, 4, 16, 64, 128]
 VERIFY_LENGTHS = [4, 8]  # tokens of a sequence when a drafted continuation is checked
 CHUNK_SIZES = [17, 512, 4096]
+DRAWS = [
+    SamplingParams(max_tokens=1, temperature=0.0),
+    SamplingParams(max_tokens=1),
+    SamplingParams(max_tokens=1, min_p=0.1),
+    SamplingParams(max_tokens=1, top_k=64, logit_bias={1: 1.0}),
+    SamplingParams(max_tokens=1, top_p=0.9),
+]
 
 # What config.json says of a model, other than ModelConfig's defaults.
 _PHONE = {
@@ -39,12 +51,14 @@ _PHONE = {
     "num_attention_heads": 8,
     "hidden_size_per_layer_input": 256,
     "sliding_window": 512,
+    "final_logit_softcapping": 30.0,
 }
 _DESKTOP = {
     "model_type": "gemma4_text",
     "hidden_size_per_layer_input": 0,
     "sliding_window": 1024,
     "final_logit_softcapping": 30.0,
+    "max_position_embeddings": 262_144,
     "attention_k_eq_v": True,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -120,7 +134,8 @@ def launch_everything(driver: CompilingDriver) -> list[str]:
             try:
                 compute()
             except Exception as error:
-                failures.append(f"{driver.architecture} {model} {step}: {error!r}")
+                reason = str(error).strip().splitlines()[-1]
+                failures.append(f"{driver.architecture} {model} {step}: {reason}")
     return failures
 
 
@@ -132,17 +147,60 @@ def _steps(config: ModelConfig) -> Iterator[tuple[str, Callable[[], object]]]:
 
     def forward(batch: Batch) -> Tensor:
         hidden_TD: Tensor = model(batch, kv_cache)
-        logits_NV: Tensor = model.compute_logits(hidden_TD)
-        return logits_NV
+        logits_TV: Tensor = model.compute_logits(hidden_TD)
+        return logits_TV
 
-    yield "decode", lambda: DecodeGraphs(
-        forward, layout, DECODE_SIZES, MAX_MODEL_LEN, META, capture=_compute_once
+    yield (
+        "decode",
+        lambda: DecodeGraphs(
+            forward, layout, DECODE_SIZES, MAX_MODEL_LEN, META, capture=_compute_once
+        ),
     )
+    for q_len in VERIFY_LENGTHS:
+        yield f"verify-{q_len}", partial(forward, _decodes(layout, 4, q_len))
     for num_tokens in CHUNK_SIZES:
-        yield "prefill", lambda: forward(Batch.idle_chunk(num_tokens, layout, META))
+        yield "prefill", partial(forward, Batch.idle_chunk(num_tokens, layout, META))
+    yield "mixed", partial(forward, _decodes_and_chunk(layout, 3, CHUNK_SIZES[0]))
+    yield "sample", partial(_sample, layout, config.vocab_size)
 
 
 def _compute_once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """In place of recording a graph."""
     compute()
     return compute
+
+
+def _decodes(layout: KVLayout, num_seqs: int, q_len: int) -> Batch:
+    num_tokens, num_pages = num_seqs * q_len, layout.num_global_pages(MAX_MODEL_LEN)
+    rows = [_ints(num_tokens) for _ in range(4)] + [_ints(num_seqs)]
+    tables = _ints(num_seqs, layout.ring_size), _ints(num_seqs, num_pages)
+    return Batch.of_rows([*rows, tables[0]], tables[1], num_seqs, q_len)
+
+
+def _decodes_and_chunk(layout: KVLayout, num_decodes: int, num_tokens: int) -> Batch:
+    batch = _decodes(layout, num_decodes + num_tokens, 1)
+    num_seqs = num_decodes + 1
+    return replace(
+        batch,
+        seq_lens_S=batch.seq_lens_S[:num_seqs],
+        local=replace(batch.local, page_table_SP=batch.local.page_table_SP[:num_seqs]),
+        global_=replace(batch.global_, page_table_SP=batch.global_.page_table_SP[:num_seqs]),
+        num_decodes=num_decodes,
+        cu_seqlens_q_C1=_ints(2),
+        max_q_len=num_tokens,
+    )
+
+
+def _sample(layout: KVLayout, vocab_size: int) -> None:
+    sampler = Sampler([], vocab_size)
+    for params in (DRAWS, *([draw] for draw in DRAWS)):
+        logits_NV = torch.empty(len(params), vocab_size, device=META)
+        sampler.sample(logits_NV, [_sequence(draw, layout) for draw in params])
+
+
+def _sequence(params: SamplingParams, layout: KVLayout) -> Sequence:
+    return Sequence("", [1], params, 0, frozenset(), PageTables(layout))
+
+
+def _ints(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device=META)

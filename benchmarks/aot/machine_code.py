@@ -16,10 +16,11 @@ import re
 import struct
 import subprocess
 import tempfile
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 from triton import knobs
@@ -38,7 +39,9 @@ _SASS_LINE = re.compile(
     r"^\s+/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:@(?P<predicate>!?U?P\w+)\s+)?"
     r"(?P<name>[A-Z][\w.]*)\s*(?P<operands>.*?)\s*;"
 )
-_GCN_LINE = re.compile(r"^(?:(?P<label>\.L\w+):|\t(?P<name>[a-z]\w+)(?:\s+(?P<operands>[^;]*?))?)\s*(?:;.*)?$")
+_GCN_LINE = re.compile(
+    r"^(?:(?P<label>\.L\w+):|\t(?P<name>[a-z]\w+)(?:\s+(?P<operands>[^;]*?))?)\s*(?:;.*)?$"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,14 +177,10 @@ def disassemble(cubins: Sequence[bytes], architecture: str) -> list[MachineCode]
         command = [knobs.nvidia.nvdisasm.path, "--binary", raw_name, "--no-dataflow", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = _sass_lines(listing)
-    kernels = []
-    begin, end = 0, 0
-    for code in codes:
-        end += len(code)
-        own = [line for line in lines if begin <= int(line["address"], 16) < end]
-        kernels.append(_sass(own))
-        begin = end
-    return kernels
+    addresses = [int(line["address"], 16) for line in lines]
+    ends = accumulate(map(len, codes))
+    cuts = [0, *(bisect_left(addresses, end) for end in ends)]
+    return [_sass(lines[first:last]) for first, last in pairwise(cuts)]
 
 
 def parse_sass(listing: str) -> MachineCode:

@@ -97,7 +97,7 @@ class Attention(nn.Module):
             ctx.fresh[self.layer.index] = (k_TGK, v_TGK)
         decoded = self._decode(q_THK[:n], k_cache, v_cache, pages.page_table_SP, batch)
         if not batch.has_chunks:
-            return decoded
+            return _joined(decoded)
         k_TGK, v_TGK = ctx.fresh[self.layer.kv_layer]
         assert batch.cu_seqlens_q_C1 is not None
         prefilled = local_prefill_attention(
@@ -118,7 +118,7 @@ class Attention(nn.Module):
             write_kv(k_TGK, k_cache, pages.slot_mapping_T[n:])
             write_kv(v_TGK, v_cache, pages.slot_mapping_T[n:])
             del ctx.fresh[self.layer.kv_layer]
-        return torch.cat((decoded, prefilled))
+        return _joined(decoded, prefilled)
 
     def _global(self, qkv_TNK: Tensor, ctx: AttentionContext) -> Tensor:
         batch, n, shape = ctx.batch, ctx.batch.num_decode_tokens, self.shape
@@ -140,7 +140,7 @@ class Attention(nn.Module):
         )
         decoded = self._decode(q_THC[:n], k_cache, v_cache, pages.page_table_SP, batch)
         if not batch.has_chunks:
-            return decoded
+            return _joined(decoded)
         assert batch.cu_seqlens_q_C1 is not None
         prefilled = global_prefill_attention(
             q_THC[n:],
@@ -153,7 +153,7 @@ class Attention(nn.Module):
             shape.scale,
             shape.head_dim,
         )
-        return torch.cat((decoded, prefilled))
+        return _joined(decoded, prefilled)
 
     def _decode(
         self,
@@ -162,7 +162,9 @@ class Attention(nn.Module):
         v_cache_PBGK: Tensor | None,
         page_table_SP: Tensor,
         batch: Batch,
-    ) -> Tensor:
+    ) -> Tensor | None:
+        if batch.num_decodes == 0:
+            return None
         return decode_attention(
             q_THC,
             k_cache_PBGC,
@@ -174,3 +176,9 @@ class Attention(nn.Module):
             self.shape.head_dim,
             batch.decode_q_len,
         )
+
+
+def _joined(*parts: Tensor | None) -> Tensor:
+    """Decodes before chunks, whichever there are."""
+    found = [part for part in parts if part is not None]
+    return found[0] if len(found) == 1 else torch.cat(found)

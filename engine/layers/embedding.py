@@ -1,4 +1,4 @@
-"""Token embedding times a constant, and the output head that may share its weight."""
+"""Token embedding times a constant; the output head may share its weight."""
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,3 @@ class ScaledEmbedding(nn.Module):
 
     def forward(self, token_ids_T: Tensor) -> Tensor:
         return scaled_embedding(token_ids_T, self.weight, self.scale)
-
-
-def softcap(logits_NV: Tensor, cap: float | None) -> Tensor:
-    """`cap · tanh(logits / cap)`; nothing where a model has no cap."""
-    return logits_NV if cap is None else torch.tanh(logits_NV / cap) * cap

@@ -32,7 +32,8 @@ class Router(nn.Module):
     @property
     def norm_weight_D(self) -> Tensor:
         """Float32 weight of the norm whose result `forward` takes."""
-        return self.scale.float() * len(self.scale) ** -0.5
+        weight_D: Tensor = self.scale.data.float() * len(self.scale) ** -0.5
+        return weight_D
 
     def forward(self, normed_TD: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids chosen_TA and their weights_TA."""

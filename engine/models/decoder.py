@@ -4,6 +4,8 @@ Parameter names are those of transformers' text models without the `model.` pref
 gate/up fused. T tokens   D model width   V vocabulary   N rows whose logits are wanted
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,10 +13,11 @@ from torch.nn import functional as F
 from bezel.engine.batch import Batch
 from bezel.engine.kv_cache import KVCache
 from bezel.engine.layers.attention import AttentionContext
-from bezel.engine.layers.embedding import ScaledEmbedding, softcap
+from bezel.engine.layers.embedding import ScaledEmbedding
 from bezel.engine.layers.norm import RMSNorm
 from bezel.engine.model_config import AttentionConfig, ModelConfig
 from bezel.kernels.embedding import embed_and_norm
+from bezel.kernels.logits import softcap
 from bezel.kernels.rotary import rotary_frequencies, rotary_table
 
 
@@ -41,12 +44,12 @@ class Decoder(nn.Module):
     def compute_logits(self, hidden_ND: Tensor) -> Tensor:
         """logits_NV in float32, softcapped where the model has a cap; `hidden_ND` is normed."""
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits_NV = F.linear(hidden_ND, head.weight).float()
-        return softcap(logits_NV, self.config.final_logit_softcapping)
+        logits_NV = F.linear(hidden_ND, head.weight)
+        return softcap(logits_NV, self.config.final_logit_softcapping).float()
 
     def embed(self, token_ids_T: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings x_TD and their norm for the first layer."""
-        first = self.layers[0].input_layernorm
+        first = self._input_norms[0]
         return embed_and_norm(
             token_ids_T, self.embed_tokens.weight, self.embed_tokens.scale, first.weight, first.eps
         )
@@ -54,7 +57,11 @@ class Decoder(nn.Module):
     def next_norms(self) -> list[Tensor]:
         """For each layer the weight of the norm that follows it: each norm is computed together
         with the sum that it reads."""
-        return [*(layer.input_layernorm.weight for layer in self.layers[1:]), self.norm.weight]
+        return [*(norm.weight for norm in self._input_norms[1:]), self.norm.weight]
+
+    @property
+    def _input_norms(self) -> list[RMSNorm]:
+        return [cast(RMSNorm, layer.input_layernorm) for layer in self.layers]
 
     def attention_context(self, batch: Batch, kv_cache: KVCache) -> AttentionContext:
         """The step's shared attention inputs, RoPE tables included."""

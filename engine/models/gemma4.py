@@ -4,6 +4,8 @@ routed experts beside the MLP.
 T tokens   D model width   L layers   E per-layer embedding width
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -51,10 +53,10 @@ class Gemma4Layer(nn.Module):
 
     def after_loading(self) -> None:
         """Stack the weights of the norms that read the residual between attention and MLP."""
-        weights = [self.pre_feedforward_layernorm.weight]
+        weights = [self.pre_feedforward_layernorm.weight.data]
         if self.has_experts:
-            weights += [self.pre_feedforward_layernorm_2.weight, self.router.norm_weight_D]
-        self.middle_norms_ND = torch.stack([weight.data for weight in weights])
+            weights += [self.pre_feedforward_layernorm_2.weight.data, self.router.norm_weight_D]
+        self.middle_norms_ND = torch.stack(weights)
 
     def forward(
         self,
@@ -139,7 +141,7 @@ class Gemma4Decoder(Decoder):
     def after_loading(self) -> None:
         super().after_loading()
         for layer in self.layers:
-            layer.after_loading()
+            cast(Gemma4Layer, layer).after_loading()
         weight = self.embed_tokens.weight
         self.half_1 = torch.full((1,), 2.0**-0.5, dtype=torch.float32, device=weight.device)
 

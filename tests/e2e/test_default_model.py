@@ -45,9 +45,9 @@ PROMPTS = [
 
 
 @pytest.fixture(scope="module")
-def engine() -> Engine:
+def engine(device: str) -> Engine:
     return Engine(
-        EngineConfig(model="default", dtype="float32", device="cpu", kv_cache_memory_bytes=1 << 30)
+        EngineConfig(model="default", dtype="float32", device=device, kv_cache_memory_bytes=1 << 30)
     )
 
 

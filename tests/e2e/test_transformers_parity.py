@@ -19,7 +19,7 @@ class RecordingEngine(Engine):
 
     def __init__(self, path: Any, **settings: Any) -> None:
         defaults: dict[str, Any] = dict(
-            model=str(path), dtype="float32", device="cpu", kv_cache_memory_bytes=64 << 20
+            model=str(path), dtype="float32", kv_cache_memory_bytes=64 << 20
         )
         super().__init__(EngineConfig(**(defaults | settings)))
         self.logits: dict[str, list[torch.Tensor]] = {}
@@ -30,7 +30,7 @@ class RecordingEngine(Engine):
             logits_NV = run(step)
             self.num_preemptions += step.num_preemptions
             for sequence, logits_V in zip(step.sampled, logits_NV, strict=True):
-                self.logits.setdefault(sequence.request_id, []).append(logits_V.clone())
+                self.logits.setdefault(sequence.request_id, []).append(logits_V.clone().cpu())
             return logits_NV
 
         self.runner.run = recording_run  # type: ignore[method-assign]
@@ -50,31 +50,35 @@ def assert_equal_to_transformers(engine: RecordingEngine, tiny: Any, chosen: lis
     assert (engine.pool.used.local, engine.pool.used.global_) == (0, 0)
 
 
-def test_alone(tiny: Any) -> None:
-    engine = RecordingEngine(tiny.path)
+def test_alone(tiny: Any, device: str) -> None:
+    engine = RecordingEngine(tiny.path, device=device)
     for i in range(len(tiny.prompts)):
         assert_equal_to_transformers(engine, tiny, [i])
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 7, 64])
-def test_sixteen_at_once_in_chunks(tiny: Any, chunk: int) -> None:
-    engine = RecordingEngine(tiny.path, long_prefill_token_threshold=chunk)
+def test_sixteen_at_once_in_chunks(tiny: Any, device: str, chunk: int) -> None:
+    engine = RecordingEngine(tiny.path, device=device, long_prefill_token_threshold=chunk)
     assert_equal_to_transformers(engine, tiny, list(range(16)))
 
 
-def test_small_budget_mixes_chunks_and_decodes(tiny: Any) -> None:
-    engine = RecordingEngine(tiny.path, max_num_batched_tokens=24, max_num_seqs=24)
+def test_small_budget_mixes_chunks_and_decodes(tiny: Any, device: str) -> None:
+    engine = RecordingEngine(tiny.path, device=device, max_num_batched_tokens=24, max_num_seqs=24)
     assert_equal_to_transformers(engine, tiny, list(range(15, -1, -1)))
 
 
-def test_preempted_and_recomputed(tiny: Any) -> None:
+def test_preempted_and_recomputed(tiny: Any, device: str) -> None:
     """An arena for hardly more than the longest sequence makes sixteen fight for it."""
-    probe = RecordingEngine(tiny.path)
+    probe = RecordingEngine(tiny.path, device=device)
     layout = probe.runner.layout
     longest = layout.peak_pages(max(map(len, tiny.prompts)) + NUM_OUTPUT_TOKENS)
     arena_bytes = (layout.num_sectors(longest) + 1) * layout.sector_bytes
     engine = RecordingEngine(
-        tiny.path, max_model_len=170, kv_cache_memory_bytes=arena_bytes, block_size=16
+        tiny.path,
+        device=device,
+        max_model_len=170,
+        kv_cache_memory_bytes=arena_bytes,
+        block_size=16,
     )
     assert_equal_to_transformers(engine, tiny, list(range(16)))
     assert engine.num_preemptions > 0

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from bezel.kernels.gelu_mul import gelu_mul
+from bezel.kernels.gelu_mul import gelu_mul, gelu_times
 
 
 def naive_gelu(x: float) -> float:
@@ -33,3 +33,16 @@ def test_keeps_bfloat16() -> None:
     # gelu(1) = 0.8412 and gelu(2) = 1.9546 are rounded to 8 bits, 215/256 and 125/64, and then so
     # are their products with 3 and −4.
     assert y.tolist() == [[161 / 64, -125 / 16]]
+
+
+def test_the_factor_may_be_a_view_with_a_stride() -> None:
+    """As each layer's part of the per-layer embeddings is."""
+    gate_TE, mixed_TLE = torch.randn(4, 6), torch.randn(4, 3, 6)
+    y_TE = gelu_times(gate_TE, mixed_TLE.unbind(1)[1])
+    expected = [
+        [naive_gelu(gate) * factor for gate, factor in zip(gates, factors[1], strict=True)]
+        for gates, factors in zip(
+            gate_TE.double().tolist(), mixed_TLE.double().tolist(), strict=True
+        )
+    ]
+    torch.testing.assert_close(y_TE, torch.tensor(expected))

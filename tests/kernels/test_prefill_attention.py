@@ -73,7 +73,11 @@ class Sequences:
 
 
 def run_local(
-    make_pages: Callable[..., Any], sequences: Sequences, page_size: int, window: int
+    make_pages: Callable[..., Any],
+    sequences: Sequences,
+    page_size: int,
+    window: int,
+    last_key_T: Tensor | None = None,
 ) -> Tensor:
     """Pages hold the last `window − 1` positions before each chunk, and nothing of the chunk."""
     num_kv_heads, dtype = sequences.keys[0].shape[1], sequences.keys[0].dtype
@@ -95,6 +99,7 @@ def run_local(
         *sequences.extents,
         SCALE,
         window,
+        last_key_T,
     )
 
 
@@ -198,6 +203,32 @@ def test_bfloat16(
     assert out.dtype == torch.bfloat16
     expected = sequences.expected(naive_attention, window)
     torch.testing.assert_close(out.double(), expected, atol=ATOL[torch.bfloat16], rtol=0)
+
+
+@pytest.mark.parametrize("window", [1, 5, 12, 40])
+def test_tokens_of_an_image_see_it_to_its_end(
+    make_pages: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    """Causal, or of one image; in either case no key as old as the window."""
+    monkeypatch.setattr(prefill_attention, "QUERY_BLOCK", 8)
+    chunks, images = [(0, 30), (17, 41), (33, 36)], [(4, 13), (17, 37), (35, 36)]
+    sequences = Sequences(chunks, 4, 2)
+    last_keys, expected = [], []
+    for i, ((start, end), (first, stop)) in enumerate(zip(chunks, images, strict=True)):
+        p, key = torch.arange(start, end)[:, None], torch.arange(end)
+        last_keys.append(torch.where((p >= first) & (p < stop), stop - 1, p).flatten())
+        is_of_one_image = (p >= first) & (p < stop) & (key >= first) & (key < stop)
+        is_seen = ((key <= p) | is_of_one_image) & (key > p - window)
+        for h in range(4):
+            k_LK, v_LK = sequences.keys[i][:, h // 2].double(), sequences.values[i][:, h // 2]
+            scores = sequences.queries[i][:, h].double() @ k_LK.T * SCALE
+            weights = scores.masked_fill(~is_seen, -torch.inf).softmax(-1)
+            expected.append(weights @ v_LK.double())
+    expected_THK = torch.cat(
+        [torch.stack(expected[i : i + 4], 1) for i in range(0, len(expected), 4)]
+    )
+    out = run_local(make_pages, sequences, 8, window, torch.cat(last_keys))
+    torch.testing.assert_close(out.double(), expected_THK, atol=ATOL[torch.float32], rtol=0)
 
 
 def test_no_chunks(make_pages: Callable[..., Any]) -> None:

@@ -42,12 +42,9 @@ class Allocations(TorchDispatchMode):
         if func in _EMPTY:
             self.poison(result)
             return result
-        for argument, value in zip(func._schema.arguments, args, strict=False):
+        for i, argument in enumerate(func._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self._define(value)
-        for argument in func._schema.arguments:
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                self._define((kwargs or {}).get(argument.name))
+                self._define(args[i] if i < len(args) else (kwargs or {}).get(argument.name))
         return result
 
     def _define(self, value: Any) -> None:

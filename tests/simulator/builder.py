@@ -58,21 +58,26 @@ class Simulator(Pointers):
     def _load(
         self, ptrs: TensorHandle, mask: np.ndarray, other: TensorHandle | None
     ) -> TensorHandle:
-        if self.watch is not None:
-            self.watch.on_load(ptrs.attr.get(VIEW), _active(ptrs.data, mask))
         dtype = ptrs.get_element_ty()
-        if other is not None:
-            fill = other.data
-        else:
-            # What a GPU puts there is anyone's guess, so let it be what hurts most.
-            fill = np.broadcast_to(poison(dtype), ptrs.data.shape)
-        data = interpreter._interpreter.load(ptrs.data, mask, fill, numpy_dtype(dtype))
+        # What a GPU puts in masked lanes is anyone's guess, so let it be what hurts most.
+        fill = poison(dtype) if other is None else other.data
+        shape, kind = ptrs.data.shape, numpy_dtype(dtype)
+        if self.watch is None:
+            fill = np.broadcast_to(fill, shape)
+            data = interpreter._interpreter.load(ptrs.data, mask, fill, kind)
+            return TensorHandle(data, dtype)
+        numbers = self.watch.load(ptrs.attr.get(VIEW), _active(ptrs.data, mask), kind)
+        if numbers.size == ptrs.data.size:
+            return TensorHandle(numbers.reshape(shape), dtype)
+        data = np.full(shape, fill, kind)
+        data[np.broadcast_to(mask, shape)] = numbers
         return TensorHandle(data, dtype)
 
     def _store(self, ptrs: TensorHandle, value: TensorHandle, mask: np.ndarray) -> None:
+        kind = numpy_dtype(ptrs.get_element_ty())
         if self.watch is not None:
-            self.watch.on_store(ptrs.attr.get(VIEW), _active(ptrs.data, mask))
-        interpreter._interpreter.store(ptrs.data, value.data, mask)
+            self.watch.store(ptrs.attr.get(VIEW), _active(ptrs.data, mask), kind)
+        interpreter._interpreter.store(ptrs.data, value.data.astype(kind, copy=False), mask)
 
 
 def poison(dtype: tl.dtype) -> np.ndarray:

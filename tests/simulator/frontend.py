@@ -48,11 +48,14 @@ def install() -> None:
 
 
 def _describe_block(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
-    key = (element_ty.name, *(size if type(size) is int else size.value for size in shape))
-    known = _block_types.get(key)
+    sizes = [size.value if isinstance(size, tl.constexpr) else size for size in shape]
+    key = (element_ty.name, *sizes)
+    try:
+        known = _block_types.get(key)
+    except TypeError:  # a size is a tensor, and the next line says so
+        known = None
     if known is None:
         _init_block_type(self, element_ty, shape)
-        sizes = self.shape.values
         self.tensor_shape = tl.tuple([tl.constexpr(size) for size in sizes])
         self.tensor_numel = tl.constexpr(math.prod(sizes))
         known = _block_types[key] = self.__dict__

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import triton
 import triton.language as tl
-from simulator.builder import Simulator
 from simulator import frontend, language, reductions
+from simulator.builder import Simulator
 from simulator.errors import KernelBug
 from simulator.frontend import Frontend
 from simulator.pointers import VIEW

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from simulator.errors import KernelBug
 
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 MAX_TRACKED = 1 << 27  # elements; of larger tensors only bounds and bytes are watched
 
 
@@ -88,11 +90,16 @@ class Memory:
             if ((writer >= clock.launch) & (writer < clock.program)).any():
                 raise KernelBug(f"race: {name} is read where another program of the launch wrote")
             if last == clock.now:
-                raise KernelBug(f"race: {name} is read back by the program that wrote it, no barrier")
+                raise KernelBug(
+                    f"race: {name} is read back by the program that wrote it, no barrier"
+                )
         if self.is_undefined is not None and self.is_undefined[cells].any():
             raise KernelBug(f"uninitialised read of {name}")
-        reader = self.reader[cells]
-        self.reader[cells] = np.where(reader < clock.launch, clock.now, reader)
+        is_first = self.reader[cells] < clock.launch
+        if is_first.all():
+            self.reader[cells] = clock.now
+        elif is_first.any():
+            self.reader[cells[is_first]] = clock.now
 
     def store(self, cells: np.ndarray, name: str, clock: Clock) -> None:
         if has_duplicates(cells):
@@ -115,31 +122,34 @@ class View:
         self.memory, self.name, self.traffic = memory, name, traffic
         self.shape = tuple(x.shape)
         self.address = x.data_ptr()
-        self.item = x.element_size()
-        self.num_bytes = extent_of(x) * self.item
+        # From the first element to the last one, as integers.
+        flat = x.detach().as_strided((extent_of(x),), (1,))
+        self.numbers = flat.view(_INTEGERS[x.element_size()]).numpy()
 
-    def offsets(self, addresses: np.ndarray) -> np.ndarray:
-        """Byte offsets within the view, all of them inside it and aligned."""
+    def elements(self, addresses: np.ndarray, width: int) -> np.ndarray:
+        """Which elements of `width` bytes lie at these addresses: all inside, and aligned."""
         offsets = addresses.view(np.int64) - self.address
         if offsets.size == 0:
             return offsets
         first, last = int(offsets.min()), int(offsets.max())
-        if first < 0 or last + self.item > self.num_bytes:
+        if first < 0 or last + width > self.numbers.nbytes:
             raise KernelBug(
-                f"out of bounds: elements {first // self.item} to {last // self.item} of {self.name}"
-                f" {self.shape}, whose memory ends at {self.num_bytes // self.item}"
+                f"out of bounds: elements {first // width} to {last // width} of {self.name}"
+                f" {self.shape}, whose memory ends at {self.numbers.nbytes // width}"
             )
-        if self.item > 1 and (offsets & (self.item - 1)).any():
+        if width > 1 and (offsets & (width - 1)).any():
             raise KernelBug(f"misaligned access to {self.name}")
-        return offsets
+        return offsets // width
 
-    def cells(self, offsets: np.ndarray) -> np.ndarray:
-        """The cells that elements at these offsets lie in."""
-        width = self.memory.cell_bytes
-        cells = (offsets + (self.address - self.memory.address)) // width
-        if self.item == width:
-            return cells
-        return (cells[:, None] + np.arange(self.item // width)).reshape(-1)
+    def cells(self, elements: np.ndarray, width: int) -> np.ndarray:
+        """The memory's cells that elements of `width` bytes lie in."""
+        if width < self.memory.cell_bytes:
+            self.memory.refine(width)
+        factor = width // self.memory.cell_bytes
+        first = (self.address - self.memory.address) // self.memory.cell_bytes
+        if factor == 1:
+            return elements + first
+        return (first + elements[:, None] * factor + np.arange(factor)).reshape(-1)
 
 
 def extent_of(x: torch.Tensor) -> int:

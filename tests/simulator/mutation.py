@@ -2,15 +2,15 @@
 
 import importlib.util
 import inspect
+import itertools
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import count
 from pathlib import Path
 from types import ModuleType
 
-_serial = count()
+_serial = itertools.count()
 
 
 @contextmanager

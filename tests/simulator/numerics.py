@@ -1,8 +1,8 @@
 """Arithmetic as a GPU does it, where the stock interpreter has it wrong.
 
-bfloat16 and fp8 values are kept as bits in numpy's unsigned integers; the stock interpreter computes
-on those bits. Here they are cast exactly (to nearest even; fp8 saturates), multiplied exactly in
-`tl.dot`, and refused everywhere else: a kernel computes in float32.
+numpy has neither bfloat16 nor fp8, so the interpreter keeps their bits in unsigned integers, and
+the stock one computes on those. Here they are cast exactly (to nearest even; fp8 saturates),
+multiplied exactly in `tl.dot`, and refused everywhere else: a kernel computes in float32.
 """
 
 from typing import Any

@@ -53,17 +53,13 @@ class Reduce(Tiles, interpreter.ReduceOps):
 
     def generic_reduce(self, input: tuple[tl.tensor, ...]) -> list[tl.tensor]:
         tiles = [x.handle.data for x in input]
-        shape = tiles[0].shape
-        axis = self.axis
-        if axis is None:
-            tiles, axis = [x.reshape(-1) for x in tiles], 0
-        tiles = [np.moveaxis(x, axis, 0) for x in tiles]
+        kept = np.sum(tiles[0], axis=self.axis, keepdims=self.keep_dims).shape
+        if self.axis is None:
+            tiles = [x.reshape(-1) for x in tiles]
+        tiles = [np.moveaxis(x, self.axis or 0, 0) for x in tiles]
         while tiles[0].shape[0] > 1:  # neighbours first, so that the order is kept
             tiles = self.combine(input, [x[0::2] for x in tiles], [x[1::2] for x in tiles])
-        tiles = [x[0] for x in tiles]
-        if self.keep_dims:
-            kept = (1,) * len(shape) if self.axis is None else (*shape[:axis], 1, *shape[axis + 1 :])
-            tiles = [x.reshape(kept) for x in tiles]
+        tiles = [x[0].reshape(kept) for x in tiles]
         return [self.to_tensor(x, like.dtype) for x, like in zip(tiles, input, strict=True)]
 
 

@@ -139,19 +139,24 @@ class Watch:
             self._random.shuffle(programs)
         return programs
 
-    def on_load(self, view: View | None, addresses: np.ndarray) -> None:
-        offsets = _known(view).offsets(addresses)
-        view.traffic.loaded += addresses.size * view.item
-        self.launches[-1].bytes_loaded += addresses.size * view.item
+    def load(self, view: View | None, addresses: np.ndarray, kind: np.dtype) -> np.ndarray:
+        """The numbers at these addresses, if they may be read."""
+        elements = _known(view).elements(addresses, kind.itemsize)
+        view.traffic.loaded += elements.size * kind.itemsize
+        self.launches[-1].bytes_loaded += elements.size * kind.itemsize
         if view.memory.is_tracked:
-            view.memory.load(view.cells(offsets), view.name, self.clock)
+            cells = view.cells(elements, kind.itemsize)
+            view.memory.load(cells, view.name, self.clock)
+        return view.numbers.view(kind).take(elements)
 
-    def on_store(self, view: View | None, addresses: np.ndarray) -> None:
-        offsets = _known(view).offsets(addresses)
-        view.traffic.stored += addresses.size * view.item
-        self.launches[-1].bytes_stored += addresses.size * view.item
+    def store(self, view: View | None, addresses: np.ndarray, kind: np.dtype) -> None:
+        """Note that numbers are stored at these addresses, if they may be."""
+        elements = _known(view).elements(addresses, kind.itemsize)
+        view.traffic.stored += elements.size * kind.itemsize
+        self.launches[-1].bytes_stored += elements.size * kind.itemsize
         if view.memory.is_tracked:
-            view.memory.store(view.cells(offsets), view.name, self.clock)
+            cells = view.cells(elements, kind.itemsize)
+            view.memory.store(cells, view.name, self.clock)
 
     def on_dot(self, flops: int) -> None:
         self.launches[-1].dot_flops += flops

@@ -1,0 +1,39 @@
+"""Everything here runs under the simulator, which needs Triton, and that as an interpreter.
+
+With `--native cuda` and TRITON_INTERPRET=0 the same tests run compiled kernels on a GPU.
+"""
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+IS_INTERPRETED = find_spec("triton") is not None and os.environ["TRITON_INTERPRET"] == "1"
+
+if IS_INTERPRETED:
+    import simulator.watch  # noqa: F401  # puts the interpreter's arithmetic right
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--native", metavar="DEVICE", help="run kernels on this device, unwatched")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if device := config.getoption("--native", None):
+        from simulator import native
+
+        native.install(device)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if config.getoption("--native", None):
+        return collection_path.name == "test_simulator.py" or None
+    return None if IS_INTERPRETED else True
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--native", None):
+        from simulator import native
+
+        native.skip_mutations(items)
