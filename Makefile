@@ -17,7 +17,7 @@ STAMPS_test = $(STAMPS_serve) .venv/.installed-test
 STAMPS_dev = $(STAMPS_test) .venv/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install test check lint types format docs size kernels-aot clean
+.PHONY: help serve install test check lint types format docs size kernels-aot gpu-check clean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -56,6 +56,9 @@ size: ## lines per folder and module
 
 kernels-aot: .venv/.installed-test ## compile all kernels for all GPUs, on none: ARGS=--update writes the table anew
 	.venv/bin/python benchmarks/kernels_aot.py $(ARGS)
+
+gpu-check: .venv/.installed-test ## on a GPU: kernel tests, parity, CUDA graphs, timings, all into gpu-check.json
+	.venv/bin/python benchmarks/gpu_check.py $(ARGS)
 
 clean: ## back to a fresh checkout (the model cache in ~/.cache/bezel stays)
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -164,16 +164,14 @@ def prefill_local(stock: Stock, paged: Paged, context: int, num_tokens: int) -> 
         stock.normal(num_tokens, heads, paged.width)
         for heads in (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
     )
-    offsets, lens = _offsets(num_tokens, stock), _length(context + num_tokens, stock)
-    rest = (paged.scale, window)
-    run = partial(
-        local_prefill_attention, q, k, v, k_cache, v_cache, table_1P, offsets, lens, num_tokens, *rest
-    )
+    where = (_offsets(num_tokens, stock), _length(context + num_tokens, stock))
+    tensors = (q, k, v, k_cache, v_cache, table_1P, *where)
+    run = partial(local_prefill_attention, *tensors, num_tokens, paged.scale, window)
 
     def error() -> float:
-        pages = _alone(k_cache, v_cache, table_1P[0])
-        fresh = (q.float(), k.float(), v.float())
-        return worst_error([run()], [local_prefill_reference(*fresh, *pages, offsets, lens, *rest, None)])
+        exact = (q.float(), k.float(), v.float(), *_alone(k_cache, v_cache, table_1P[0]))
+        expected = local_prefill_reference(*exact, *where, paged.scale, window, None)
+        return worst_error([run()], [expected])
 
     num_past = min(context, window - 1)
     queries = torch.arange(context, context + num_tokens, device=stock.device)[:, None]
@@ -191,9 +189,7 @@ def prefill_global(stock: Stock, paged: Paged, context: int, num_tokens: int) ->
     pages = (k_cache, v_cache, table_1P)
     offsets, lens = _offsets(num_tokens, stock), _length(length, stock)
     rest = (paged.scale, attention.head_dim)
-    run = partial(
-        global_prefill_attention, q_THC, *pages, offsets, lens, num_tokens, *rest
-    )
+    run = partial(global_prefill_attention, q_THC, *pages, offsets, lens, num_tokens, *rest)
 
     def error() -> float:
         o_THK, worst = run(), 0.0

@@ -1,11 +1,11 @@
-"""Kernel calls of Gemma's shapes, for `kernels.py` to time: what a case is, and all but attention.
+"""Kernel calls of Gemma's shapes, for `kernels.py` to time: what a case is, and those of
+single rows: norms, gates, draws. Attention and experts have files of their own.
 
 A case builds its tensors only when its turn comes. Bytes are those of every input read once and
 every result written once, FLOPs those of products that are asked for: what padding, repeated loads
 and intermediate results cost is the kernel's affair and lowers its share of the device's peak.
 
-T tokens   D model width   F feed-forward width   E experts   A experts per token   S sequences
-V vocabulary   N what a projection makes   K head width   J turned pairs   X = A + dense rows
+T tokens   D model width   N heads that a projection makes   K head width
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,14 +15,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from bezel.engine.model_config import AttentionConfig, ModelConfig, MoEConfig
+from bezel.engine.model_config import AttentionConfig, ModelConfig
 from bezel.kernels.gelu_mul import gelu_mul, gelu_times_reference
 from bezel.kernels.kv_pages import gather_kv, write_kv_reference
-from bezel.kernels.moe_combine import combine_experts, combine_experts_reference
-from bezel.kernels.moe_mlp import MAX_DENSE_TOKENS, moe_mlp
-from bezel.kernels.moe_route import route, route_reference
 from bezel.kernels.qkv import (
     QKVShape,
     keys_and_values_reference,
@@ -38,7 +34,6 @@ DTYPE = torch.bfloat16
 EPS = 1e-6
 VOCAB_SIZE = 262_144
 PAGE_SIZE = 16  # tokens, of local pages by default
-ROUTED_TOKENS = [1, 4, 16, 64, 512, 4096]
 OTHER_TOKENS = [1, 64, 2048]
 BATCHES = [1, 8, 64]
 TOP_K, TOP_P = 64, 0.95
@@ -60,7 +55,7 @@ class Work:
 
 
 class Stock:
-    """Random tensors of one device, and an arena that is cut into the KV pages of each case anew."""
+    """Random tensors of one device, and an arena that each case cuts into KV pages anew."""
 
     def __init__(self, device: str, arena_bytes: int) -> None:
         self.device = torch.device(device)
@@ -91,7 +86,7 @@ def page_bytes(num_pages: int, parts: int, *shape: int) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel, the models that have this shape, and what varies. Needs an arena of `page_bytes`."""
+    """A kernel, the models of this shape, and what varies. Its pages take `page_bytes`."""
 
     kernel: str
     models: str
@@ -129,7 +124,7 @@ def worst_error(actual: Sequence[Tensor | None], expected: Sequence[Tensor | Non
     return worst
 
 
-def other_cases(models: dict[str, ModelConfig]) -> Iterator[Case]:
+def row_cases(models: dict[str, ModelConfig]) -> Iterator[Case]:
     heads = (
         (name, (attention, model.family == "gemma4"))
         for name, model in models.items()
@@ -145,23 +140,11 @@ def other_cases(models: dict[str, ModelConfig]) -> Iterator[Case]:
         for tokens in OTHER_TOKENS:
             build = partial(norms, num_tokens=tokens, width=width, num_next=num_next)
             yield Case("add_rms_norm", names, {"tokens": tokens}, build)
-    widths = (
-        (name, layer.intermediate_size) for name, m in models.items() for layer in m.layers
-    )
+    widths = ((name, layer.intermediate_size) for name, m in models.items() for layer in m.layers)
     for width, names in by_shape(widths).items():
         for tokens in OTHER_TOKENS:
             build = partial(gelu, num_tokens=tokens, width=width)
             yield Case("gelu_mul", names, {"tokens": tokens, "width": width}, build)
-    for name, model in models.items():
-        if model.moe is None:
-            continue
-        dim, width = model.hidden_size, model.layers[0].intermediate_size
-        for tokens in ROUTED_TOKENS:
-            sizes = {"tokens": tokens}
-            shape = {"num_tokens": tokens, "moe": model.moe, "dim": dim, "dense_width": width}
-            yield Case("route", name, sizes, partial(routing, num_tokens=tokens, moe=model.moe))
-            yield Case("moe_mlp", name, sizes, partial(experts, **shape))
-            yield Case("combine_experts", name, sizes, partial(combination, **shape))
     for batch in BATCHES:
         for kind in ("greedy", "top-k top-p", "uncut"):
             build = partial(draw, num_seqs=batch, vocab_size=VOCAB_SIZE, kind=kind)
@@ -203,7 +186,7 @@ def qkv(stock: Stock, attention: AttentionConfig, has_norm: bool, num_tokens: in
     def error() -> float:
         q, *new = run()
         if not is_chunk:
-            new = [gather_kv(k_cache, slots), None if v_cache is None else gather_kv(v_cache, slots)]
+            new = [None if cache is None else gather_kv(cache, slots) for cache in pages[:2]]
         exact = (qkv_TNK.float(), *turn[1:])
         k, v = keys_and_values_reference(exact[0], shape, EPS, k_weight, cos, sin)
         return worst_error([q, *new], [queries_reference(*exact), k, v])
@@ -241,80 +224,6 @@ def gelu(stock: Stock, num_tokens: int, width: int) -> Work:
         return gelu_times_reference(*gate_up.chunk(2, -1))
 
     return Work(run, error, gate_up.nbytes + gate_up.nbytes // 2, baseline=torch_ops)
-
-
-def routing(stock: Stock, num_tokens: int, moe: MoEConfig) -> Work:
-    scores, scale = stock.normal(num_tokens, moe.num_experts), stock.normal(moe.num_experts)
-    run = partial(route, scores, scale, moe.top_k)
-    baseline = partial(route_reference, scores, scale, moe.top_k)
-
-    def error() -> float:
-        chosen, weights = run()
-        expected_chosen, expected_weights = baseline()
-        same = torch.equal(chosen.long(), expected_chosen.long())
-        return worst_error([weights], [expected_weights]) if same else float("inf")
-
-    chosen_bytes = num_tokens * moe.top_k * (4 + 4)
-    return Work(run, error, num_bytes(scores, scale) + chosen_bytes, baseline=baseline)
-
-
-def experts(stock: Stock, num_tokens: int, moe: MoEConfig, dim: int, dense_width: int) -> Work:
-    """Experts are chosen at random, all alike. Small steps have the dense MLP with them."""
-    num_experts, width, top_k = moe.num_experts, moe.intermediate_size, moe.top_k
-    x_TD = stock.normal(num_tokens, dim)
-    chosen_TA = stock.normal(num_tokens, num_experts).topk(top_k).indices.int()
-    gate_up = stock.normal(num_experts, 2 * width, dim, std=dim**-0.5)
-    down = stock.normal(num_experts, dim, width, std=width**-0.5)
-    dense: list[Tensor | None] = [None, None, None]
-    if num_tokens <= MAX_DENSE_TOKENS:
-        dense_down = stock.normal(dim, dense_width, std=width**-0.5)
-        dense_gate_up = stock.normal(2 * dense_width, dim, std=dim**-0.5)
-        dense = [stock.normal(num_tokens, dim), dense_gate_up, dense_down]
-    num_dense = dense_width // width if dense[0] is not None else 0
-    run = partial(moe_mlp, x_TD, dense[0], chosen_TA, gate_up, down, dense[1], dense[2])
-    slots = [(chosen_TA == expert).nonzero(as_tuple=True) for expert in range(num_experts)]
-    used = [(expert, *own) for expert, own in enumerate(slots) if len(own[0])]
-
-    def expert_by_expert() -> Tensor:
-        y_TXD = x_TD.new_empty(num_tokens, top_k + num_dense, dim)
-        for expert, tokens, choices in used:
-            hidden = gelu_times_reference(*F.linear(x_TD[tokens], gate_up[expert]).chunk(2, -1))
-            y_TXD[tokens, choices] = F.linear(hidden, down[expert])
-        if num_dense:
-            hidden = gelu_times_reference(*F.linear(dense[0], dense[1]).chunk(2, -1))
-            for i, part in enumerate(hidden.split(width, 1)):
-                y_TXD[:, top_k + i] = F.linear(part, dense[2][:, i * width : (i + 1) * width])
-        return y_TXD
-
-    def error() -> float:
-        return worst_error([run()], [expert_by_expert()])
-
-    weights = len(used) * 3 * width * dim * DTYPE.itemsize + num_bytes(dense[1], dense[2])
-    rows = num_tokens * (top_k + num_dense)
-    moved = weights + num_bytes(x_TD, chosen_TA, dense[0]) + rows * dim * DTYPE.itemsize
-    return Work(run, error, moved, rows * 6 * width * dim, expert_by_expert)
-
-
-def combination(stock: Stock, num_tokens: int, moe: MoEConfig, dim: int, dense_width: int) -> Work:
-    num_dense = dense_width // moe.intermediate_size if num_tokens <= MAX_DENSE_TOKENS else 0
-    y_TXD = stock.normal(num_tokens, moe.top_k + num_dense, dim)
-    weights_TA = stock.normal(num_tokens, moe.top_k, dtype=torch.float32).softmax(-1)
-    dense_TD = None if num_dense else stock.normal(num_tokens, dim)
-    norms = [stock.weight(dim) for _ in range(3)]
-    residual_TD, scalar_1, next_D = stock.normal(num_tokens, dim), stock.normal(1), stock.weight(dim)
-    rest = (EPS, scalar_1, next_D)
-    run = partial(combine_experts, y_TXD, weights_TA, dense_TD, *norms, residual_TD, *rest)
-
-    def torch_ops(dtype: torch.dtype = DTYPE) -> tuple[Tensor, Tensor | None]:
-        dense = None if dense_TD is None else dense_TD.to(dtype)
-        y, residual = y_TXD.to(dtype), residual_TD.to(dtype)
-        return combine_experts_reference(y, weights_TA, dense, *norms, residual, *rest)
-
-    def error() -> float:
-        return worst_error(run(), torch_ops(torch.float32))
-
-    read = num_bytes(y_TXD, weights_TA, dense_TD, *norms, residual_TD, scalar_1, next_D)
-    return Work(run, error, read + 2 * residual_TD.nbytes, baseline=torch_ops)
 
 
 def draw(stock: Stock, num_seqs: int, vocab_size: int, kind: str) -> Work:

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from aot.launches import CONFIGS
 from attention_cases import attention_cases
-from kernel_cases import Case, Stock, Work, other_cases
+from expert_cases import expert_cases
+from kernel_cases import Case, Stock, Work, row_cases
 
 from bezel.engine.model_config import ModelConfig
 
@@ -161,7 +162,7 @@ def first_line(error: Exception) -> str:
 
 def all_cases() -> list[Case]:
     models = {name: ModelConfig.from_hf(config) for name, config in CONFIGS.items()}
-    return [*other_cases(models), *attention_cases(models)]
+    return [*row_cases(models), *expert_cases(models), *attention_cases(models)]
 
 
 def quick(cases: Iterable[Case]) -> list[Case]:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, fields, replace
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -28,62 +29,13 @@ from aot.machine_code import (
     parse_gcn,
     registers_and_stack,
 )
+from aot.occupancy import ARCHITECTURES, blocks_at_once
 
 TABLE = Path(__file__).with_suffix(".csv")
-
-
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """What a multiprocessor has, in bytes, warps, blocks and columns of tensor memory.
-
-    From "Technical Specifications per Compute Capability" in NVIDIA's CUDA C++ Programming Guide,
-    and from AMD's CDNA 3 instruction set architecture.
-    """
-
-    shared_bytes: int
-    max_block_shared_bytes: int
-    max_warps: int
-    max_blocks: int
-    max_tensor_columns: int = 0
-
-
-KIB = 1024
-ARCHITECTURES = {
-    "sm_80": Architecture(164 * KIB, 163 * KIB, 64, 32),
-    "sm_89": Architecture(100 * KIB, 99 * KIB, 48, 24),
-    "sm_90": Architecture(228 * KIB, 227 * KIB, 64, 32),
-    "sm_100": Architecture(228 * KIB, 227 * KIB, 64, 32, max_tensor_columns=512),
-    "sm_120": Architecture(100 * KIB, 99 * KIB, 48, 24),
-    "gfx942": Architecture(64 * KIB, 64 * KIB, 32, 32),
-}
 TRAP_INSTRUCTIONS = 64  # a kernel of fewer that can trap does nothing else
 
 
-def blocks_at_once(
-    architecture: str, registers: int, warps: int, shared_bytes: int, tensor_columns: int = 0
-) -> int:
-    """Blocks of a kernel that one multiprocessor holds; 0 if not even one fits.
-
-    A quarter of a multiprocessor has a quarter of the registers: on NVIDIA 16,384, given to warps
-    of 32 threads in units of 256; on AMD 512 for each of a wave's lanes, in units of 8.
-    """
-    limits, is_amd = ARCHITECTURES[architecture], architecture.startswith("gfx")
-    per_quarter = 512 // _up_to(registers, 8) if is_amd else 16_384 // _up_to(32 * registers, 256)
-    blocks = min(min(4 * per_quarter, limits.max_warps) // warps, limits.max_blocks)
-    # NVIDIA's system software keeps a KiB for itself for each block.
-    block_bytes = shared_bytes if is_amd else _up_to(shared_bytes, 128) + KIB
-    if block_bytes:
-        blocks = min(blocks, limits.shared_bytes // block_bytes)
-    if tensor_columns:
-        blocks = min(blocks, limits.max_tensor_columns // tensor_columns)
-    return blocks
-
-
-def _up_to(number: int, unit: int) -> int:
-    return -(-number // unit) * unit
-
-
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """What the compiler made of one specialisation of a kernel on one architecture."""
 
@@ -110,7 +62,7 @@ class Row:
         return self.kernel, self.constants, self.arguments, self.architecture
 
     def __str__(self) -> str:
-        return f"{self.architecture} {self.kernel}({self.constants}; {self.arguments})"
+        return f"{self.kernel}({self.constants}; {self.arguments})"
 
 
 def merged(rows: Iterable[Row]) -> list[Row]:
@@ -135,15 +87,21 @@ def _words(texts: Iterable[str]) -> str:
     return " ".join([x for x in CONFIGS if x in words] + sorted(words - CONFIGS.keys()))
 
 
-def _constants_and_arguments(source: Any) -> tuple[str, str]:
-    """Declared constants, then arguments: `x=1` is compiled in, `~x` is no multiple of 16."""
+def _constants_and_arguments(source: Any, is_amd: bool) -> tuple[str, str]:
+    """Declared constants, then arguments: `x=1` is compiled in, `~x` may be no multiple of 16, and
+    x in `x>2GiB` is too large for AMD's 32-bit offsets."""
     constants, arguments = [], []
     for i, (name, kind) in enumerate(source.signature.items()):
+        parameter, known = source.fn.params[i], source.attrs.get((i,), [])
         if (i,) in source.constants:
-            into = constants if source.fn.params[i].is_constexpr else arguments
+            into = constants if parameter.is_constexpr else arguments
             into.append(f"{name}={source.constants[i,]}")
-        elif kind[0] in "*i" and ["tt.divisibility", 16] not in source.attrs.get((i,), []):
+        elif parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
+            continue  # the kernel has asked for one specialisation
+        elif kind[0] in "*i" and ["tt.divisibility", 16] not in known:
             arguments.append(f"~{name}")
+        elif is_amd and kind[0] == "*" and ["tt.pointer_range", 32] not in known:
+            arguments.append(f"{name}>2GiB")
     return " ".join(constants), " ".join(arguments) or "-"
 
 
@@ -176,8 +134,9 @@ def _machine_codes(kernels: Sequence[Kernel], architecture: str) -> list[Machine
 def _row(kernel: Kernel, code: MachineCode, architecture: str) -> Row:
     metadata, function = kernel.metadata, kernel.source.fn
     module = function.__module__.rpartition(".")[2]
-    constants, arguments = _constants_and_arguments(kernel.source)
-    if architecture.startswith("gfx"):
+    is_amd = architecture.startswith("gfx")
+    constants, arguments = _constants_and_arguments(kernel.source, is_amd)
+    if is_amd:
         assembly = kernel.files["amdgcn"].read_text()
         registers = gcn_number(assembly, "vgpr_count")
         stack = gcn_number(assembly, "private_segment_fixed_size")
@@ -209,17 +168,14 @@ def _row(kernel: Kernel, code: MachineCode, architecture: str) -> Row:
 def faults(row: Row, code: MachineCode, *, has_dot: bool) -> list[str]:
     """What no kernel may have, in words."""
     limits = ARCHITECTURES[row.architecture]
+    most_shared, most_columns = limits.max_block_shared_bytes, limits.max_tensor_columns
     found = []
     if row.loop_spills:
         found.append(f"{row.loop_spills} loads and stores of spilled registers in its inner loop")
-    if row.shared_bytes > limits.max_block_shared_bytes:
-        found.append(
-            f"{row.shared_bytes} bytes of shared memory, of {limits.max_block_shared_bytes}"
-        )
-    if row.tensor_columns > limits.max_tensor_columns:
-        found.append(
-            f"{row.tensor_columns} columns of tensor memory, of {limits.max_tensor_columns}"
-        )
+    if row.shared_bytes > most_shared:
+        found.append(f"{row.shared_bytes} bytes of shared memory, of {most_shared}")
+    if row.tensor_columns > most_columns:
+        found.append(f"{row.tensor_columns} columns of tensor memory, of {most_columns}")
     if not row.blocks:
         found.append("not even one block fits on a multiprocessor")
     if code.has_trap and code.num_instructions < TRAP_INSTRUCTIONS:
@@ -267,10 +223,8 @@ def read_table(text: str) -> list[Row]:
 def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--update", action="store_true", help="write the table anew")
-    parser.add_argument("architectures", nargs="*", help="all, unless some are named")
     options = parser.parse_args(arguments)
-    names = options.architectures or list(ARCHITECTURES)
-    names.sort(key=lambda name: name not in COMPILE_ALL)  # these take longest
+    names = sorted(ARCHITECTURES, key=lambda name: name not in COMPILE_ALL)  # these take longest
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as cache:
         # For the workers, which import Triton anew: it must compile, and all of it.
@@ -278,17 +232,23 @@ def main(arguments: Sequence[str]) -> int:
         os.environ |= {"TRITON_CACHE_DIR": cache, "TRITON_DEFAULT_FP_FUSION": "1"}
         with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
             measured = list(pool.map(measure, names))
-    rows = [row for own, _ in measured for row in own]
-    reasons = [fault for _, own in measured for fault in own]
-    table = read_table(TABLE.read_text(encoding="utf-8")) if TABLE.exists() else []
+    table = {name: [] for name in ARCHITECTURES}
+    if TABLE.exists():
+        for row in read_table(TABLE.read_text(encoding="utf-8")):
+            table[row.architecture].append(row)
+    where: dict[str, list[str]] = {}
+    for name, (rows, reasons) in zip(names, measured, strict=True):
+        news = [] if options.update else differences(rows, table[name])
+        table[name] = rows
+        for reason in (*reasons, *news):
+            where.setdefault(reason, []).append(name)
     if options.update:
-        others = [row for row in table if row.architecture not in names]
-        TABLE.write_text(write_table([*rows, *others]), encoding="utf-8")
-    else:
-        reasons += differences(rows, [row for row in table if row.architecture in names])
-    print(f"{len(rows)} kernels for {', '.join(names)} in {time.monotonic() - started:.0f} s")
-    print("\n".join(reasons), end="\n" if reasons else "")
-    return bool(reasons)
+        TABLE.write_text(write_table(chain(*table.values())), encoding="utf-8")
+    num_rows, seconds = sum(len(rows) for rows, _ in measured), time.monotonic() - started
+    print(f"{num_rows} rows for {len(names)} architectures in {seconds:.0f} s")
+    for reason, architectures in where.items():
+        print(f"{', '.join(architectures)}: {reason}")
+    return bool(where)
 
 
 if __name__ == "__main__":

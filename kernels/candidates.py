@@ -27,7 +27,7 @@ from torch import Tensor
 
 from bezel.kernels.jit import tl, triton
 
-TOP_K_BLOCK = 512  # of the reference
+TOP_K_BLOCK = 32  # of the reference
 NUM_COLUMNS = 8192
 BLOCK_COLUMNS = 64
 SLOTS = 32

@@ -73,7 +73,7 @@ def _row_offsets(
     return b_page * stride_page + (start + o_n) % PAGE * TOKEN
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_ptr", "seq_lens_ptr", "stride_table"])
 def _attend(
     q_ptr,
     k_ptr,

@@ -21,7 +21,7 @@ from bezel.kernels.jit import tl, triton
 
 
 class Splits(NamedTuple):
-    """The rule of one launch; `window` is 0 where there is none."""
+    """The rule of one launch; `window` is 0 where there is none, `max_count` where there is one."""
 
     min_len: int
     max_count: int
@@ -32,12 +32,15 @@ class Splits(NamedTuple):
     def of(cls, num_rows: int, num_kv_heads: int, window: int | None, q_len: int) -> "Splits":
         """For `num_rows` queries per kv head.
 
-        A part is `num_rows` outputs in float32, written and read once: 32 positions per row keep
-        that near a tenth of the keys and values read, and half of it once `max_count` is reached
-        and splits grow. With few kv heads it takes more splits to fill a GPU.
+        A part is `num_rows` outputs in float32, written and read once. 64 positions per row keep
+        that near 6 % of the keys and values read, and less once there are `max_count` splits and
+        they grow. Windows are cut finer, and with few kv heads there may be more splits: else a
+        single sequence would leave most of a GPU idle.
         """
-        min_len = min(512, max(128, triton.next_power_of_2(32 * num_rows)))
-        return cls(min_len, 64 if num_kv_heads <= 2 else 32, window or 0, q_len)
+        if window is not None:
+            return cls(min(256, max(128, 32 * _power_of_2(num_rows))), 0, window, q_len)
+        min_len = min(1024, max(128, 64 * _power_of_2(num_rows)))
+        return cls(min_len, 64 if num_kv_heads <= 2 else 32, 0, q_len)
 
     def most(self, max_len: int) -> int:
         """The largest number of splits of any sequence of up to `max_len` positions."""
@@ -46,6 +49,11 @@ class Splits(NamedTuple):
         # `span` positions touch one multiple of min_len more when they begin just before one.
         span = self.window + self.q_len - 1
         return (span - 2) // self.min_len + 2
+
+
+def _power_of_2(n: int) -> int:
+    """The next one, n itself included."""
+    return 1 << (n - 1).bit_length()
 
 
 @triton.jit
@@ -68,7 +76,7 @@ def live_splits(
     return first, split_len, first_split, tl.maximum(seq_len - 1, 0) // split_len - first_split + 1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seq_lens_ptr"])
 def _combine(
     part_o_ptr,
     part_lse_ptr,

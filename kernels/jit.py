@@ -32,7 +32,7 @@ __all__ = ["architecture", "runs_triton", "tile_family", "tl", "triton", "triton
 
 _ON_CPU: ContextVar[str | None] = ContextVar("_ON_CPU", default=None)
 
-# Whose tiles an architecture uses. Ada and consumer Blackwell have the same 99 KiB of shared memory.
+# Whose tiles an architecture uses. Ada and consumer Blackwell have the same shared memory, 99 KiB.
 _FAMILIES = {
     "sm_80": "sm_80",
     "sm_86": "sm_89",

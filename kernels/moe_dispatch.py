@@ -64,7 +64,7 @@ def _count(chosen_ptr, i_begin, i_end, o_e, BLOCK_N: tl.constexpr, BLOCK_E: tl.c
     return b_count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots", "slots_per_program"])
 def _count_kernel(
     chosen_ptr,
     counts_ptr,
@@ -81,7 +81,9 @@ def _count_kernel(
     tl.store(counts_ptr + i_p * BLOCK_E + o_e, b_count)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["num_slots", "slots_per_program", "num_programs", "num_blocks", "block_rows"]
+)
 def _sort_kernel(
     chosen_ptr,
     counts_ptr,

@@ -145,7 +145,7 @@ def _load(ptrs, m_row, o_k, k_left, EVEN_K: tl.constexpr):
     return tl.load(ptrs, mask=m_row[:, None] & (o_k < k_left)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_routed", "num_dense"])
 def gate_up_kernel(
     x_ptr,
     x_dense_ptr,
@@ -208,7 +208,7 @@ def gate_up_kernel(
     tl.store(p_hidden, gelu_tanh(acc_gate) * acc_up, mask=m_row[:, None] & m_f[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_routed", "num_dense"])
 def down_kernel(
     hidden_ptr,
     weights_ptr,

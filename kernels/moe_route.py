@@ -33,7 +33,7 @@ def route_reference(
     return chosen_TA.int(), weights_TA * per_expert_scale_E.float()[chosen_TA]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _route_kernel(
     scores_ptr,
     scale_ptr,

@@ -59,9 +59,12 @@ def sample_reference(logits_SV: Tensor, params: Parameters, kinds: Sequence[Kind
     for row, (kind, k) in enumerate(zip(kinds, params.top_k_S.tolist(), strict=True)):
         members.setdefault((kind, k if kind is Kind.TOP_K else 0), []).append(row)
     for (kind, k), all_rows in members.items():
-        for rows in torch.tensor(all_rows).split(max(1, CACHED_VALUES // logits_SV.shape[1])):
+        at_once = CACHED_VALUES // logits_SV.shape[1] if kind is not Kind.GREEDY else len(kinds)
+        for rows in torch.tensor(all_rows).split(max(1, at_once)):
             own = Parameters(*(column_S[rows] for column_S in params))
-            token_ids_S[rows] = _draw(logits_SV[rows].float(), own, kind, k)
+            # A copy of all rows would take longer than a greedy draw.
+            own_SV = logits_SV if len(rows) == len(logits_SV) else logits_SV[rows]
+            token_ids_S[rows] = _draw(own_SV.float(), own, kind, k)
     return token_ids_S
 
 

@@ -141,12 +141,16 @@ def _control_flow(
     targets = {x.target for x in instructions if x.target is not None}
     starts = sorted({0, len(instructions), *targets, *(i + 1 for i in jumps)})
     blocks = {start: range(start, end) for start, end in pairwise(starts)}
-    after = {}
-    for start, block in blocks.items():
-        last = instructions[block[-1]]
-        successors = [block.stop if last.goes_on else None, last.target]
-        after[start] = [x for x in successors if x is not None and x in blocks]
-    return blocks, after
+    after: dict[int, list[int]] = {}
+    waiting = [0]
+    while waiting:  # only what can be reached
+        start = waiting.pop()
+        if start not in after:
+            last = instructions[blocks[start][-1]]
+            successors = [blocks[start].stop if last.goes_on else None, last.target]
+            after[start] = [x for x in successors if x is not None and x in blocks]
+            waiting += after[start]
+    return {start: blocks[start] for start in sorted(after)}, after
 
 
 def _dominators(before: dict[int, list[int]]) -> dict[int, set[int]]:
@@ -157,7 +161,7 @@ def _dominators(before: dict[int, list[int]]) -> dict[int, set[int]]:
     while changed:
         changed = False
         for block in sorted(everything - {0}):
-            found = everything.intersection(*(dominators[x] for x in before[block])) | {block}
+            found = set.intersection(*(dominators[x] for x in before[block])) | {block}
             changed |= found != dominators[block]
             dominators[block] = found
     return dominators

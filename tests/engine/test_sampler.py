@@ -11,6 +11,7 @@ from bezel.engine.page_tables import PageTables
 from bezel.engine.sampler import Sampler
 from bezel.engine.sampling_params import SamplingParams
 from bezel.engine.sequence import Sequence
+from bezel.kernels.jit import triton_on_cpu
 
 LAYOUT = KVLayout(
     window=8, local_page_size=8, global_page_size=32, local_page_bytes=64, global_page_bytes=64
@@ -55,7 +56,7 @@ def adjusted(sequence: Sequence, logits: list[float], suppressed: list[int] | No
 def test_greedy_takes_the_largest(make_sequence: MakeSequence) -> None:
     logits_NV = torch.tensor([[0.0, 2.0, 1.0], [3.0, 2.0, 3.5]])
     sequences = [make_sequence([1], []), make_sequence([1], [])]
-    assert Sampler([], VOCAB_SIZE).sample(logits_NV, sequences) == [1, 2]
+    assert Sampler([], VOCAB_SIZE).sample(logits_NV, sequences).tolist() == [1, 2]
 
 
 def test_presence_and_frequency_count_the_output_only(make_sequence: MakeSequence) -> None:
@@ -110,25 +111,29 @@ def test_logit_bias_decides(make_sequence: MakeSequence) -> None:
     logits = [[5.0, 0.0, 1.0]]
     for bias, expected in (({1: 6.0}, 1), ({0: -4.5}, 2)):
         sequence = make_sequence([0], [], logit_bias=bias)
-        assert Sampler([], VOCAB_SIZE).sample(torch.tensor(logits), [sequence]) == [expected]
+        assert Sampler([], VOCAB_SIZE).sample(torch.tensor(logits), [sequence]).tolist() == [
+            expected
+        ]
 
 
 def test_suppressed_tokens_are_never_drawn_whatever_the_bias(make_sequence: MakeSequence) -> None:
     sampler = Sampler([1, 3], VOCAB_SIZE)
     greedy = make_sequence([0], [1], logit_bias={1: 100.0}, repetition_penalty=0.5)
-    assert sampler.sample(torch.tensor([[0.0, 9.0, 1.0, 9.0]]), [greedy]) == [2]
+    assert sampler.sample(torch.tensor([[0.0, 9.0, 1.0, 9.0]]), [greedy]).tolist() == [2]
     sequences = [
         make_sequence([0], [], temperature=2.0, seed=seed, logit_bias={3: 100.0})
         for seed in range(200)
     ]
-    assert set(sampler.sample(torch.zeros(200, 4), sequences)) == {0, 2}
+    assert set(sampler.sample(torch.zeros(200, 4), sequences).tolist()) == {0, 2}
 
 
 def test_stop_tokens_are_banned_below_min_tokens(make_sequence: MakeSequence) -> None:
     logits, stop = [0.0, 1.0, 9.0, 8.0], frozenset({2, 3})
     for num_output, expected in ((0, 1), (1, 1), (2, 2), (3, 2)):
         sequence = make_sequence([0], [1] * num_output, min_tokens=2, stop_token_ids=stop)
-        assert Sampler([], VOCAB_SIZE).sample(torch.tensor([logits]), [sequence]) == [expected]
+        assert Sampler([], VOCAB_SIZE).sample(torch.tensor([logits]), [sequence]).tolist() == [
+            expected
+        ]
 
 
 def test_min_tokens_outweighs_a_bias(make_sequence: MakeSequence) -> None:
@@ -145,7 +150,7 @@ def test_adjustments_stay_in_their_row(make_sequence: MakeSequence) -> None:
         make_sequence([0], [2]),
         make_sequence([0], [], logit_bias={0: 5.0}),
     ]
-    assert Sampler([], VOCAB_SIZE).sample(logits_NV, sequences) == [1, 2, 0]
+    assert Sampler([], VOCAB_SIZE).sample(logits_NV, sequences).tolist() == [1, 2, 0]
     assert logits_NV.tolist() == [[1.0, 2.0, 1.0], [1.0, 2.0, 3.0], [6.0, 2.0, 3.0]]
 
 
@@ -163,9 +168,9 @@ def test_seeded_draws_do_not_depend_on_batch_mates(make_sequence: MakeSequence) 
         make_sequence([1, 2], [3] * (row % 3), seed=row // 5, **kinds[row % 5]) for row in range(20)
     ]
     sampler = Sampler([], VOCAB_SIZE)
-    together = sampler.sample(logits_NV.clone(), sequences)
-    backwards = sampler.sample(logits_NV.flip(0).clone(), sequences[::-1])
-    alone = [sampler.sample(logits_NV[[i]].clone(), [sequences[i]])[0] for i in range(20)]
+    together = sampler.sample(logits_NV.clone(), sequences).tolist()
+    backwards = sampler.sample(logits_NV.flip(0).clone(), sequences[::-1]).tolist()
+    alone = [sampler.sample(logits_NV[[i]], [sequences[i]]).item() for i in range(20)]
     assert together == backwards[::-1] == alone
 
 
@@ -175,7 +180,10 @@ def test_seed_and_position_decide_the_draw(make_sequence: MakeSequence) -> None:
             make_sequence([0] * n, [0] * num_output, seed=seed, temperature=1.0)
             for n in range(1, 41)
         ]
-        return Sampler([], VOCAB_SIZE).sample(torch.zeros(40, 1000), sequences)
+        token_ids: list[int] = (
+            Sampler([], VOCAB_SIZE).sample(torch.zeros(40, 1000), sequences).tolist()
+        )
+        return token_ids
 
     assert sampled(1, 0) == sampled(1, 0)
     assert sampled(1, 0) != sampled(2, 0)
@@ -202,4 +210,59 @@ def test_every_cut_reaches_the_draw(
             make_sequence([0], [], seed=seed, temperature=1.0, **params) for seed in range(500)
         ]
         sampled = Sampler([], VOCAB_SIZE).sample(torch.tensor([logits] * 500), sequences)
-        assert set(sampled) == expected
+        assert set(sampled.tolist()) == expected
+
+
+@pytest.mark.parametrize("num_output", [0, 1, 3])
+def test_all_adjustments_of_a_row_together(make_sequence: MakeSequence, num_output: int) -> None:
+    """More of them than one row's sixteen, beside a row with none; against the formulas."""
+    prompt, output = list(range(0, 40, 2)), [1, 2, 1][:num_output]
+    sequence = make_sequence(
+        prompt,
+        output,
+        repetition_penalty=1.5,
+        presence_penalty=0.25,
+        frequency_penalty=0.5,
+        logit_bias={2: 3.0, 49: -1.0, 4: 1.0},
+        min_tokens=2,
+        stop_token_ids=frozenset({4, 5}),
+    )
+    logits_NV = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    before = logits_NV.tolist()
+    Sampler([7], VOCAB_SIZE).sample(logits_NV, [make_sequence([0], []), sequence])
+    before[0][7] = before[1][7] = float("-inf")
+    for token, value in enumerate(before[1]):
+        if token in prompt + output:
+            value = value / 1.5 if value > 0 else value * 1.5
+        if token in output:
+            value -= 0.25 + 0.5 * output.count(token)
+        value += {2: 3.0, 49: -1.0, 4: 1.0}.get(token, 0.0)
+        before[1][token] = float("-inf") if token in (4, 5) and num_output < 2 else value
+    torch.testing.assert_close(logits_NV, torch.tensor(before))
+
+
+def test_nothing_to_sample(make_sequence: MakeSequence) -> None:
+    assert Sampler([1], VOCAB_SIZE).sample(torch.empty(0, 4), []).tolist() == []
+
+
+@pytest.mark.parametrize("suppressed", [[], [3, VOCAB_SIZE, 5]])
+def test_kernels_draw_what_the_reference_draws(
+    make_sequence: MakeSequence, suppressed: list[int]
+) -> None:
+    """Interpreted, from the sequences to the tokens."""
+    watched = pytest.importorskip("simulator.watch").watched
+    kinds: list[dict[str, Any]] = [
+        dict(temperature=1.0, presence_penalty=1.0, repetition_penalty=1.2),
+        dict(logit_bias={7: 4.0}),
+        dict(temperature=0.8, top_k=64, top_p=0.95),
+        dict(temperature=1.5, top_p=0.9, min_tokens=9, stop_token_ids=frozenset({3, 4})),
+        dict(temperature=1.0, min_p=0.05),
+    ]
+    sequences = [make_sequence([1, 2], [3, 3, 8], seed=i, **kind) for i, kind in enumerate(kinds)]
+    logits_NV = torch.randn(5, VOCAB_SIZE, generator=torch.Generator().manual_seed(1)) * 3
+    by_kernels_NV = logits_NV.clone()
+    expected = Sampler(suppressed, VOCAB_SIZE).sample(logits_NV, sequences)
+    with triton_on_cpu(), watched() as watch:
+        tokens = Sampler(suppressed, VOCAB_SIZE).sample(by_kernels_NV, sequences)
+    assert torch.equal(tokens, expected) and torch.equal(by_kernels_NV, logits_NV)
+    assert watch.num_launches == 8

@@ -144,7 +144,6 @@ def install(device: str) -> None:
     On "cpu", which is a rehearsal, kernels are interpreted, on copies in the same memory.
     """
     if device == "cpu":
-        import simulator.watch  # puts the interpreter's arithmetic right
         from triton.runtime.interpreter import InterpretedFunction as Kernel
 
         architecture = "sm_90"

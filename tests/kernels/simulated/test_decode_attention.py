@@ -313,7 +313,7 @@ def running_maximum(values: list[int]) -> Iterator[int]:
 STANDARD = [
     lambda: Case(Shape(6, 2, 12, page_size=8, window=30, dtype=torch.bfloat16), [5, 31, 200]),
     lambda: Case(Shape(6, 2, 16, page_size=32, window=130, q_len=3), [3, 129, 300]),
-    lambda: Case(Shape(4, 2, 24, 20, page_size=32, q_len=2), [0, 2, 257, 1100], num_entries=50),
+    lambda: Case(Shape(4, 2, 24, 20, page_size=32, q_len=2), [0, 2, 257, 2200], num_entries=80),
     lambda: far_pages(16),
     lambda: far_pages(32),
 ]
