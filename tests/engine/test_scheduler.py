@@ -5,6 +5,7 @@ read exactly the tokens its attention needs, in the order in which layers read a
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 import torch
@@ -175,7 +176,11 @@ class CacheModel:
                 self._write(self.local, s, batch.local.slot_mapping_T[row].tolist())
 
     def _rows(self, step: ScheduledStep, batch: Batch) -> list[tuple[ScheduledSequence, slice]]:
-        bounds = zip(batch.cu_seqlens_q, batch.cu_seqlens_q[1:], strict=False)
+        assert batch.cu_seqlens_q_C1 is not None
+        n = batch.num_decodes
+        chunks = [n + offset for offset in batch.cu_seqlens_q_C1.tolist()]
+        offsets = [*range(n), *chunks]
+        bounds = pairwise(offsets)
         return [(s, slice(*b)) for s, b in zip(step.sequences, bounds, strict=True)]
 
     def _write(
