@@ -95,7 +95,7 @@ class Paged:
 
 
 def attention_cases(models: dict[str, ModelConfig]) -> Iterator[Case]:
-    for paged, names in by_shape(_paged_shapes(models)).items():
+    for paged, names in by_shape(paged_shapes(models)).items():
         kind = "global" if paged.attention.window is None else "local"
         for context in CONTEXTS:
             for batch in BATCHES:
@@ -115,7 +115,7 @@ def attention_cases(models: dict[str, ModelConfig]) -> Iterator[Case]:
             yield Case(f"prefill {kind}", names, sizes, build, num_bytes)
 
 
-def _paged_shapes(models: dict[str, ModelConfig]) -> Iterator[tuple[str, Paged]]:
+def paged_shapes(models: dict[str, ModelConfig]) -> Iterator[tuple[str, Paged]]:
     for name, model in models.items():
         layout = KVLayout.for_model(model, DTYPE.itemsize, PAGE_SIZE)
         yield name, Paged(model.local, layout.local_page_size, layout.ring_size)

@@ -241,9 +241,11 @@ def main(arguments: Sequence[str]) -> int:
         print("make gpu-check needs a GPU, and torch finds none here", file=sys.stderr)
         return 2
     parts = [part for part in all_parts(options.quick) if options.only in part.name]
+    if not parts:
+        parser.error(f"no part has {options.only!r} in its name")
     machine = describe_machine()
     print(f"{machine['gpu']}, driver {machine['driver']}, {machine['packages']}")
-    return 0 if parts and check(parts, machine, options.output) else 1
+    return 0 if check(parts, machine, options.output) else 1
 
 
 if __name__ == "__main__":

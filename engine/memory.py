@@ -9,6 +9,7 @@ from bezel.engine.config import EngineConfig
 from bezel.engine.errors import ConfigError
 from bezel.engine.kv_layout import KVLayout
 from bezel.engine.model_config import ModelConfig
+from bezel.kernels.decode_combine import Splits
 
 FLOAT32_BYTES = 4
 LOGITS_COPIES = 3  # as computed, adjusted, and scaled by temperature
@@ -39,7 +40,8 @@ def activation_bytes(config: EngineConfig, model: ModelConfig, value_bytes: int)
     """Memory that the largest step takes beside weights and pages: an upper estimate.
 
     Of what one layer computes for all tokens of a step, as if nothing were freed in between; of
-    the logits and the sampler's copies of them for all sequences; and of libraries' workspaces.
+    the parts in which global layers decode; of the logits and the sampler's copies of them for all
+    sequences; and of libraries' workspaces.
     """
     attention = max(
         (2 * shape.num_heads + 4 * shape.num_kv_heads) * shape.head_dim
@@ -53,8 +55,11 @@ def activation_bytes(config: EngineConfig, model: ModelConfig, value_bytes: int)
         routed = model.moe.top_k * (model.hidden_size + model.moe.intermediate_size)
     per_token = (attention + feed_forward + residuals + per_layer + routed) * value_bytes
     per_sequence = model.vocab_size * (value_bytes + LOGITS_COPIES * FLOAT32_BYTES)
-    sampled = config.max_num_seqs * per_sequence
-    return config.max_num_batched_tokens * per_token + sampled + WORKSPACE_BYTES
+    heads, kv_heads = model.global_.num_heads, model.global_.num_kv_heads
+    splits = Splits.of(heads // kv_heads, kv_heads, None, 1).most(model.max_position_embeddings)
+    per_sequence += splits * heads * (model.global_.head_dim + 1) * FLOAT32_BYTES
+    sequences = config.max_num_seqs * per_sequence
+    return config.max_num_batched_tokens * per_token + sequences + WORKSPACE_BYTES
 
 
 def max_model_len(

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+
+pytest.importorskip("triton")
+
 from simulator.fake_cuda import fake_cuda
 
 from bezel.engine.batch import Batch

@@ -71,12 +71,14 @@ def test_reserved_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_activations_of_a_published_model(real_configs: dict[str, Any]) -> None:
-    """26B-A4B by hand: 16·512·2 + 2·512·4, 3·2112, 8·2816, 8·(2816 + 704) values a token."""
+    """26B-A4B by hand: 16·512·2 + 2·512·4, 3·2112, 8·2816, 8·(2816 + 704) values a token; 64 parts
+    of 16 outputs of 512 values and a sum a sequence."""
     model = ModelConfig.from_hf(real_configs["26B-A4B"])
     config = EngineConfig(max_num_seqs=10, max_num_batched_tokens=1000)
     per_token = (16_384 + 4_096 + 6_336 + 22_528 + 28_160) * 2
     logits = 262_144 * (2 + 3 * 4)
-    expected = 1000 * per_token + 10 * logits + (1 << 30)
+    parts = 64 * 16 * 513 * 4
+    expected = 1000 * per_token + 10 * (logits + parts) + (1 << 30)
     assert activation_bytes(config, model, value_bytes=2) == expected
 
 

@@ -4,6 +4,7 @@ With `--native cuda` and TRITON_INTERPRET=0 the same tests run compiled kernels 
 """
 
 import os
+from collections.abc import Generator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,3 +38,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         from simulator import native
 
         native.skip_mutations(items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    if not item.config.getoption("--native", None):
+        return (yield)
+    from simulator import native
+
+    native.Uncounted.were_read = False
+    result = yield
+    native.skip_if_counters_were_read()
+    return result
