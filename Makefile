@@ -7,6 +7,9 @@ HOST =
 PORT =
 ARGS =
 
+# Its wheel has Gemma 4's chat templates; what it needs to train models isn't wanted.
+TEMPLATES = trl==1.16.0
+
 EXTRAS_serve = cpu,default-model
 EXTRAS_test = $(EXTRAS_serve),test
 EXTRAS_dev = $(EXTRAS_test),dev
@@ -85,4 +88,5 @@ $(STAMPS_dev): .venv/.installed-%: pyproject.toml .venv/.created
 	@echo "Installing Bezel into .venv (once; PyTorch makes it take a minute or more) …"
 	@if [ -t 1 ]; then quiet=; else quiet="--quiet --progress-bar off"; fi; \
 	  .venv/bin/python -m pip install --disable-pip-version-check $$quiet -e '.[$(EXTRAS_$*)]'
+	$(if $(filter serve,$*),,@.venv/bin/python -m pip install --disable-pip-version-check --quiet --no-deps $(TEMPLATES))
 	@touch $(STAMPS_$*)

@@ -57,12 +57,30 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural log-probability of a token, and the likeliest tokens in its place, best first.
+
+    Of the logits as the model gives them: temperature, penalties and biases don't enter.
+    """
+
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
 class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True):
-    """New tokens of one sequence. The last one carries `finish_reason`."""
+    """New tokens of one sequence. The last one carries `finish_reason`.
+
+    `logprobs` has an entry for each of `token_ids` if they were asked for. `prompt_logprobs` come
+    in pieces, in order, before or with the first token: an entry for each token of the prompt but
+    the first, which nothing predicts.
+    """
 
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] = []
+    prompt_logprobs: list[TokenLogprobs] = []
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):

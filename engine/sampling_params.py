@@ -8,11 +8,27 @@ import msgspec
 from bezel.engine.errors import InvalidRequest
 
 
+class ThinkingBudget(msgspec.Struct, frozen=True, kw_only=True):
+    """After `num_tokens` tokens between `open_id` and `close_id` the next token is `close_id`.
+
+    `is_open`: the prompt has ended within a thought, so that the first token counts already.
+    """
+
+    num_tokens: int
+    open_id: int
+    close_id: int
+    is_open: bool
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Sampling options of one sequence. `top_k = 0` and `top_p = 1` mean no truncation.
 
     `seed` fixes the draws of this sequence alone, whatever else shares its batch.
     `logit_bias` maps token ids to values added to their logits.
+    `logprobs` and `prompt_logprobs` ask for log-probabilities of the drawn tokens, or of the
+    prompt's, and of that many of the likeliest beside each; None asks for none.
+    `grammar` is an llguidance grammar that the output keeps to, from its first token on.
+    A sequence of lower `priority` goes first.
     """
 
     max_tokens: int
@@ -28,6 +44,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: str | None = None
+    thinking_budget: ThinkingBudget | None = None
+    priority: int = 0
 
     @property
     def is_greedy(self) -> bool:

@@ -46,6 +46,7 @@ def test_serve_hands_its_variables_to_the_command(planned: Callable[..., str]) -
     variables = ["MODEL=/a b/c.gguf", "HOST=::1", "PORT=9000", "ARGS=--seed 3 --dtype float32"]
     plan = planned("serve", *variables)
     assert "default_model" not in plan
+    assert "trl" not in plan
     words = ["exec", ".venv/bin/bezel", "serve", "/a b/c.gguf", "--host", "::1", "--port", "9000"]
     assert shlex.split(plan.splitlines()[-1]) == [*words, "--seed", "3", "--dtype", "float32"]
 
@@ -54,6 +55,7 @@ def test_test_sets_itself_up(planned: Callable[..., str]) -> None:
     plan = planned("test", "ARGS=-k scheduler")
     assert "-m venv .venv" in plan
     assert "-e '.[cpu,default-model,test]'" in plan
+    assert "--no-deps trl==" in plan
     assert plan.splitlines()[-1] == ".venv/bin/python -m pytest -k scheduler"
 
 
