@@ -13,16 +13,17 @@ h·H/G … share kv head g. A sequence of length 0 is padding: its output is zer
     → o_THK          dtype of q; scores, softmax and sums in float32
 
 The kernel gives a program one split of one sequence's positions and one kv head; its rows are the
-q_len × H/G queries of that head, so keys and values are read once for all of them:
+q_len × H/G queries of that head, so keys and values are read once for all of them, up to 64:
 
-    positions   0 ... |first     split 3       |     split 4       |  split 5   seq_len
-                      [..BLOCK_N|BLOCK_N|BLOCK_N][BLOCK_N|BLOCK_N|BLOCK_N][BLOCK_N|..]
-    program             (3, g, s)                  (4, g, s)            (5, g, s)
+    positions   0 ... |first   split 0     |        split 1          |   split 2   seq_len
+                   [..BLOCK_N|BLOCK_N|BLOCK_N][BLOCK_N|BLOCK_N|BLOCK_N][BLOCK_N|BLOCK_N|..]
+    program                (0, g, s)                (1, g, s)               (2, g, s)
 
-Splits begin at multiples of a length that only the sequence's own length determines, and a second
-kernel adds them up in order: a sequence's output doesn't depend on its batch. The grid holds as
-many splits as a page table has room for, whatever the lengths are; programs without positions
-return at once. A sequence that is a single split is written without the second kernel's help.
+A sequence's splits are alike in length. How many there are, decode_combine.py says: that takes only
+the sequence's own length, and a second kernel adds them up in order, so that an output doesn't
+depend on the batch. The grid holds as many splits as a page table has room for, whatever the
+lengths are; programs without positions return at once. A sequence that is a single split is written
+without the second kernel's help.
 """
 
 from typing import NamedTuple
@@ -114,9 +115,7 @@ def _attend(
     i_g = tl.program_id(1)
     i_s = tl.program_id(2)
     seq_len = tl.load(seq_lens_ptr + i_s).to(tl.int32)
-    first, split_len, first_split, num_live = live_splits(
-        seq_len, MIN_LEN, MAX_COUNT, WINDOW, Q_LEN
-    )
+    first, num_live = live_splits(seq_len, MIN_LEN, MAX_COUNT, WINDOW, Q_LEN)
     if i_split >= num_live:
         return
 
@@ -145,8 +144,11 @@ def _attend(
     b_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_M], tl.float32)
     b_o = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    begin = tl.maximum((first_split + i_split) * split_len, first // BLOCK_N * BLOCK_N)
-    end = tl.minimum((first_split + i_split + 1) * split_len, seq_len)
+    first_block = first // BLOCK_N
+    num_blocks = tl.cdiv(seq_len, BLOCK_N) - first_block
+    begin = (first_block + i_split * num_blocks // num_live) * BLOCK_N
+    end = (first_block + (i_split + 1) * num_blocks // num_live) * BLOCK_N
+    end = tl.minimum(end, seq_len)
     table_ptr += i_s.to(tl.int64) * stride_table
     WIDTH: tl.constexpr = VALUE_DIM + TURNED
     TOKEN: tl.constexpr = NUM_HEADS // GROUP * WIDTH
@@ -209,30 +211,38 @@ class _Tile(NamedTuple):
     num_stages: int
 
 
-# By layout of a key, for up to 16 rows and for more. Packed; K and V up to 256 wide; wider K and V.
-_TILES = {
+# By layout of a key (packed; K and V up to 256 wide; wider K and V), for up to as many rows. The
+# float32 sums of 64 × 512 values fill half of a multiprocessor's registers. In 99 KiB of shared
+# memory 64 packed queries leave no room for keys, so there they are two blocks of 32.
+_TILES: dict[str, dict[str, tuple[_Tile, ...]]] = {
     "sm_80": {
-        "packed": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 3)),
-        "narrow": (_Tile(16, 32, 4, 3), _Tile(32, 32, 8, 2)),
-        "wide": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 2)),
+        "packed": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 3), _Tile(64, 16, 8, 3)),
+        "narrow": (_Tile(16, 32, 4, 3), _Tile(32, 32, 8, 2), _Tile(64, 32, 8, 3)),
+        "wide": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 2), _Tile(64, 16, 8, 3)),
     },
     "sm_89": {
         "packed": (_Tile(16, 16, 4, 2), _Tile(32, 16, 8, 2)),
-        "narrow": (_Tile(16, 32, 4, 2), _Tile(32, 32, 8, 2)),
-        "wide": (_Tile(16, 16, 4, 2), _Tile(32, 16, 8, 2)),
+        "narrow": (_Tile(16, 32, 4, 2), _Tile(32, 32, 8, 2), _Tile(64, 32, 8, 2)),
+        "wide": (_Tile(16, 16, 4, 2), _Tile(32, 16, 8, 2), _Tile(64, 16, 8, 2)),
     },
     "sm_90": {
-        "packed": (_Tile(16, 32, 8, 3), _Tile(32, 32, 8, 3)),
-        "narrow": (_Tile(16, 32, 4, 3), _Tile(32, 32, 8, 2)),
-        "wide": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 2)),
+        "packed": (_Tile(16, 32, 8, 3), _Tile(32, 32, 8, 3), _Tile(64, 32, 8, 3)),
+        "narrow": (_Tile(16, 32, 4, 3), _Tile(32, 32, 8, 2), _Tile(64, 32, 8, 3)),
+        "wide": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 2), _Tile(64, 32, 8, 2)),
+    },
+    "sm_100": {
+        "packed": (_Tile(16, 32, 8, 3), _Tile(32, 32, 8, 3), _Tile(64, 32, 8, 2)),
+        "narrow": (_Tile(16, 32, 4, 3), _Tile(32, 32, 8, 2), _Tile(64, 32, 8, 3)),
+        "wide": (_Tile(16, 32, 8, 2), _Tile(32, 32, 8, 2), _Tile(64, 32, 8, 2)),
     },
     "gfx942": {
-        "packed": (_Tile(16, 16, 4, 2), _Tile(32, 16, 8, 1)),
-        "narrow": (_Tile(16, 32, 4, 2), _Tile(32, 32, 4, 2)),
-        "wide": (_Tile(16, 16, 4, 2), _Tile(32, 16, 4, 1)),
+        "packed": (_Tile(16, 16, 4, 2), _Tile(32, 16, 8, 1), _Tile(64, 16, 4, 1)),
+        "narrow": (_Tile(16, 32, 4, 2), _Tile(32, 32, 4, 2), _Tile(64, 16, 4, 2)),
+        "wide": (_Tile(16, 16, 4, 2), _Tile(32, 16, 4, 1), _Tile(64, 16, 8, 1)),
     },
 }
-_TILES["sm_100"] = _TILES["sm_90"]
+# To be exact, not fast; whatever the width.
+_FLOAT32 = dict.fromkeys(_TILES, _Tile(16, 16, 8, 1)) | {"gfx942": _Tile(16, 16, 4, 1)}
 
 
 def decode_attention(
@@ -276,8 +286,8 @@ def decode_attention(
     if num_tokens == 0:  # a grid must not be empty
         return o_THK
     rows = q_len * group
-    tile = _tile(value_dim, turned > 0, rows)
-    splits = Splits.of(rows, num_kv_heads, window, q_len)
+    tile = _tile(q_THC, value_dim, rows)
+    splits = Splits.of(rows, num_kv_heads, value_dim, turned, window, q_len)
     num_splits = splits.most(num_entries * page_size)
     # A single split needs no parts.
     part_shape = (num_splits if num_splits > 1 else 0, num_tokens, num_heads)
@@ -319,7 +329,10 @@ def decode_attention(
     return o_THK
 
 
-def _tile(value_dim: int, is_packed: bool, num_rows: int) -> _Tile:
-    layout = "packed" if is_packed else "narrow" if value_dim <= 256 else "wide"
-    few_rows, many_rows = _TILES[tile_family()][layout]
-    return few_rows if num_rows <= few_rows.block_m else many_rows
+def _tile(q_THC: Tensor, value_dim: int, num_rows: int) -> _Tile:
+    width = q_THC.shape[-1]
+    if q_THC.element_size() > 2:
+        return _FLOAT32[tile_family()]
+    layout = "packed" if width > value_dim else "narrow" if width <= 256 else "wide"
+    tiles = _TILES[tile_family()][layout]
+    return next((tile for tile in tiles if num_rows <= tile.block_m), tiles[-1])

@@ -6,9 +6,8 @@
     seq_lens_S       int64; T = S · q_len
     → o_THK          written where a sequence has several splits
 
-Splits begin at multiples of the split length, and that depends on the sequence's own length only,
-so that its output is the same in any batch: `min_len` under a window, else the first of min_len,
-2·min_len, 4·min_len, … that makes at most `max_count` splits.
+A sequence has a split for every `min_len` positions that it sees, but at least one and at most
+`max_count`. Nothing else decides it, so that an output is the same in any batch.
 
 One program computes BLOCK_V values of one query head. It takes BLOCK_P parts at a time, in order.
 """
@@ -19,9 +18,11 @@ from torch import Tensor
 
 from bezel.kernels.jit import tl, triton
 
+_SHORTEST, _LONGEST = 128, 2048  # positions; the latter per kv head
+
 
 class Splits(NamedTuple):
-    """The rule of one launch; `window` is 0 where there is none, `max_count` where there is one."""
+    """The rule of one launch; `window` is 0 where there is none."""
 
     min_len: int
     max_count: int
@@ -29,31 +30,34 @@ class Splits(NamedTuple):
     q_len: int
 
     @classmethod
-    def of(cls, num_rows: int, num_kv_heads: int, window: int | None, q_len: int) -> "Splits":
-        """For `num_rows` queries per kv head.
+    def of(
+        cls,
+        num_rows: int,
+        num_kv_heads: int,
+        value_dim: int,
+        turned: int,
+        window: int | None,
+        q_len: int,
+    ) -> "Splits":
+        """For `num_rows` queries per kv head; `turned` is 0 where keys and values lie apart.
 
-        A part is `num_rows` outputs in float32, written and read once. 64 positions per row keep
-        that near 6 % of the keys and values read, and less once there are `max_count` splits and
-        they grow. Windows are cut finer, and with few kv heads there may be more splits: else a
-        single sequence would leave most of a GPU idle.
+        A further split costs its part, `num_rows` outputs written and read in float32, and reads
+        the queries again. Splits are so long that this is a twentieth of the keys and values that
+        they read. But a sequence alone shouldn't leave the whole GPU to one program: it gets one
+        for every 2,048 positions, whatever they cost.
         """
-        if window is not None:
-            return cls(min(256, max(128, 32 * _power_of_2(num_rows))), 0, window, q_len)
-        min_len = min(1024, max(128, 64 * _power_of_2(num_rows)))
-        return cls(min_len, 64 if num_kv_heads <= 2 else 32, 0, q_len)
+        width = value_dim + turned
+        # In 16-bit numbers.
+        added = num_rows * (4 * value_dim + width)
+        read = width if turned else 2 * width
+        min_len = max(_SHORTEST, -(-20 * added // read))
+        max_count = 64 if num_kv_heads <= 2 else 32
+        return cls(min(min_len, _LONGEST * num_kv_heads), max_count, window or 0, q_len)
 
     def most(self, max_len: int) -> int:
         """The largest number of splits of any sequence of up to `max_len` positions."""
-        if not self.window:
-            return min(-(-max_len // self.min_len), self.max_count)
-        # `span` positions touch one multiple of min_len more when they begin just before one.
-        span = self.window + self.q_len - 1
-        return (span - 2) // self.min_len + 2
-
-
-def _power_of_2(n: int) -> int:
-    """The next one, n itself included."""
-    return 1 << (n - 1).bit_length()
+        span = self.window + self.q_len - 1 if self.window else max_len
+        return max(1, min(span // self.min_len, self.max_count))
 
 
 @triton.jit
@@ -64,16 +68,11 @@ def live_splits(
     WINDOW: tl.constexpr,
     Q_LEN: tl.constexpr,
 ):
-    """A sequence's first position seen, its split length, first split and number of splits."""
+    """The first position that a sequence sees, and the number of its splits."""
     first = 0
-    split_len = MIN_LEN
     if WINDOW > 0:
         first = tl.maximum(seq_len - Q_LEN + 1 - WINDOW, 0)
-    else:
-        while split_len * MAX_COUNT < seq_len:
-            split_len *= 2
-    first_split = first // split_len
-    return first, split_len, first_split, tl.maximum(seq_len - 1, 0) // split_len - first_split + 1
+    return first, tl.maximum(tl.minimum((seq_len - first) // MIN_LEN, MAX_COUNT), 1)
 
 
 @triton.jit(do_not_specialize=["seq_lens_ptr"])
@@ -93,7 +92,7 @@ def _combine(
 ):
     i_t = tl.program_id(0)
     seq_len = tl.load(seq_lens_ptr + i_t // Q_LEN).to(tl.int32)
-    _, _, _, num_live = live_splits(seq_len, MIN_LEN, MAX_COUNT, WINDOW, Q_LEN)
+    _, num_live = live_splits(seq_len, MIN_LEN, MAX_COUNT, WINDOW, Q_LEN)
     if num_live == 1:
         return
     i_row = i_t.to(tl.int64) * NUM_HEADS + tl.program_id(1)

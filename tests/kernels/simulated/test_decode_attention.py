@@ -43,6 +43,13 @@ class Shape:
     def width(self) -> int:
         return self.value_dim + self.turned
 
+    @property
+    def splits(self) -> Splits:
+        num_rows = self.q_len * self.num_heads // self.num_kv_heads
+        return Splits.of(
+            num_rows, self.num_kv_heads, self.value_dim, self.turned, self.window, self.q_len
+        )
+
     def first(self, length: int) -> int:
         """The first position that a query of a sequence sees."""
         return 0 if self.window is None else max(0, length - self.q_len + 1 - self.window)
@@ -145,7 +152,7 @@ def cases(draw: st.DrawFn) -> Case:
     num_kv_heads = draw(st.sampled_from([1, 2, 3]))
     value_dim = draw(st.sampled_from([12, 16, 24, 32]))
     turned = draw(st.sampled_from([0, 0, 4, 16, 20]))
-    window = None if turned else draw(st.sampled_from([None, 1, 7, 16, 30, 130]))
+    window = None if turned else draw(st.sampled_from([None, 1, 7, 16, 30, 130, 600]))
     page_size = draw(st.sampled_from([8, 16, 32, 64]))
     q_len = draw(st.integers(1, 8))
     shape = Shape(
@@ -158,9 +165,10 @@ def cases(draw: st.DrawFn) -> Case:
         q_len,
         draw(st.sampled_from(list(TOLERANCE))),
     )
-    edges = {page_size, 2 * page_size, 128, 256, window or 1, 2 * (window or 1), q_len}
+    edges = {page_size, 2 * page_size, window or 1, 2 * (window or 1), q_len}
+    edges |= {n for n in (2 * shape.splits.min_len, 3 * shape.splits.min_len) if n < 1300}
     near = sorted(n for edge in edges for n in range(edge - 1, edge + 2) if n >= q_len)
-    length = st.one_of(st.just(0), st.sampled_from(near), st.integers(q_len, 300))
+    length = st.one_of(st.just(0), st.sampled_from(near), st.integers(q_len, 600))
     return Case(shape, draw(st.lists(length, min_size=1, max_size=7)), draw(st.integers(0, 40)))
 
 
@@ -181,6 +189,9 @@ def test_values(case: Case) -> None:
         Shape(8, 1, 512, page_size=64, q_len=3),
         Shape(32, 4, 512, 128, page_size=64),  # 31B, global
         Shape(16, 1, 512, 128, page_size=64, q_len=2),  # 12B
+        Shape(16, 1, 512, 128, page_size=64, q_len=4),
+        Shape(8, 1, 512, page_size=64, q_len=8),
+        Shape(8, 1, 256, page_size=16, window=40, q_len=8),
     ],
     ids=str,
 )
@@ -191,10 +202,10 @@ def test_widths_of_models_with_the_tiles_of_each_architecture(
     Case(shape, [70, 0, 17]).check(architecture=architecture)
 
 
-@pytest.mark.parametrize("length", [64 * 128, 64 * 128 + 1])
+@pytest.mark.parametrize("length", [64 * 128, 64 * 150 + 1])
 def test_long_sequences_whose_splits_grow(length: int) -> None:
-    """64 splits of 128 positions, then 33 of 256, and shorter sequences beside them."""
-    Case(Shape(4, 1, 16, 16, page_size=64), [1, length, 1000]).check()
+    """64 splits of 128 positions, 64 longer ones, and shorter sequences beside them."""
+    Case(Shape(1, 1, 16, 16, page_size=64), [1, length, 1000]).check()
 
 
 @pytest.mark.parametrize(
@@ -202,7 +213,7 @@ def test_long_sequences_whose_splits_grow(length: int) -> None:
     [
         Shape(8, 2, 32, 16, page_size=16),
         Shape(4, 2, 16, page_size=16, q_len=3),
-        Shape(4, 2, 16, page_size=16, window=150, q_len=2),
+        Shape(4, 2, 16, page_size=16, window=450, q_len=2),
         Shape(4, 1, 16, page_size=16, window=40),
     ],
     ids=str,
@@ -256,9 +267,10 @@ def test_a_cache_of_more_than_4_gib(page_size: int) -> None:
     ("shape", "lengths"),
     [
         (Shape(8, 2, 16, page_size=16), [129, 1, 700]),
-        (Shape(16, 1, 16, 16, page_size=64), [129, 1, 700]),
+        (Shape(16, 1, 16, 16, page_size=64), [129, 1, 2000]),
         (Shape(4, 2, 16, page_size=16, window=300), [129, 1, 700]),
-        (Shape(4, 2, 16, page_size=8, window=300, q_len=4), [129, 4, 700]),
+        (Shape(4, 2, 16, page_size=8, window=900, q_len=4), [129, 4, 1300]),
+        (Shape(16, 1, 16, 16, page_size=64, q_len=4, dtype=torch.bfloat16), [129, 4, 4200]),
     ],
     ids=str,
 )
@@ -268,39 +280,86 @@ def test_keys_and_values_are_read_once(shape: Shape, lengths: list[int]) -> None
     assert loaded == shape.live_bytes(lengths)
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(16, 1, 128, 32, page_size=64),
+        Shape(8, 1, 128, page_size=64),
+        Shape(8, 2, 128, page_size=64, q_len=4),
+        Shape(4, 2, 256, page_size=16, window=1024),
+        Shape(4, 2, 256, page_size=16, window=1024, q_len=4),
+    ],
+    ids=str,
+)
+def test_parts_cost_a_twentieth_of_the_keys_and_values(shape: Shape) -> None:
+    check_cost(dataclasses.replace(shape, dtype=torch.bfloat16))
+
+
+def check_cost(shape: Shape, attention: ModuleType = module) -> None:
+    length = 4500
+    assert shape.splits.most(length) > 1
+    case = Case(shape, [length])
+    out_THK, watch = case.run(attention)
+    minimum = shape.live_bytes([length]) + case.q_THC.nbytes + out_THK.nbytes
+    assert watch.bytes_loaded + watch.bytes_stored < 1.05 * minimum
+
+
+def check_work(attention: ModuleType = module) -> None:
+    """Positions before a window take no time."""
+    shape = Shape(2, 2, 16, page_size=16, window=300)
+    flops = [Case(shape, [length]).run(attention)[1].dot_flops for length in (512, 512 + 3200)]
+    assert flops[0] == flops[1]
+
+
+def test_work_depends_on_the_window_only() -> None:
+    check_work()
+    with (
+        mutated(module, "first_block = first // BLOCK_N", "first_block = 0") as attention,
+        pytest.raises(AssertionError),
+    ):
+        check_work(attention)
+
+
+def test_splits_shorter_than_they_should_be_are_noticed() -> None:
+    with (
+        with_bug(decode_combine, "-20 * added", "-10 * added") as attention,
+        pytest.raises(AssertionError),
+    ):
+        check_cost(Shape(16, 1, 128, 32, page_size=64, dtype=torch.bfloat16), attention)
+
+
 def test_a_sequence_of_one_split_writes_no_parts() -> None:
-    watch = Case(Shape(4, 2, 16), [128, 5, 0], num_entries=100).check()
+    watch = Case(Shape(4, 2, 16), [255, 5, 0], num_entries=100).check()
     assert watch.bytes_stored == 3 * 4 * 16 * 4
     assert "part_o_ptr" not in watch.by_name or watch.by_name["part_o_ptr"].stored == 0
+
+
+def test_many_rows_still_leave_a_program_for_every_2048_positions() -> None:
+    for num_kv_heads in (1, 2, 4):
+        rule = Splits.of(128, num_kv_heads, 512, 128, None, 8)
+        assert rule.most(1 << 14) * num_kv_heads == 8
 
 
 @pytest.mark.parametrize("num_rows", [1, 8, 16, 128])
 @pytest.mark.parametrize("num_kv_heads", [1, 4])
 def test_the_grid_has_room_for_every_split(num_rows: int, num_kv_heads: int) -> None:
-    rule = Splits.of(num_rows, num_kv_heads, None, 1)
-    counts = [num_splits(rule, n) for n in range(1, 70_000, 7)]
-    for n, most_so_far in zip(range(1, 70_000, 7), running_maximum(counts), strict=True):
+    rule = Splits.of(num_rows, num_kv_heads, 512, 128, None, 1)
+    counts = [num_splits(rule, n) for n in range(1, 300_000, 7)]
+    for n, most_so_far in zip(range(1, 300_000, 7), running_maximum(counts), strict=True):
         assert most_so_far <= rule.most(n) <= rule.max_count
-    assert max(counts) == rule.max_count
+    assert max(counts) == rule.most(300_000)
 
 
 @pytest.mark.parametrize("q_len", [1, 2, 8])
-@pytest.mark.parametrize("window", [1, 8, 127, 128, 129, 512, 1024])
+@pytest.mark.parametrize("window", [1, 8, 127, 128, 129, 255, 256, 512, 1024])
 def test_the_grid_has_room_for_every_split_of_a_window(window: int, q_len: int) -> None:
-    rule = Splits.of(2, 2, window, q_len)
+    rule = Splits.of(2, 2, 256, 0, window, q_len)
     assert rule.most(9999) == max(num_splits(rule, n) for n in range(q_len, 3000))
 
 
 def num_splits(rule: Splits, length: int) -> int:
-    first, split_len = 0, rule.min_len
-    if rule.window:
-        first = max(0, length - rule.q_len + 1 - rule.window)
-    else:
-        while -(-length // split_len) > rule.max_count:
-            split_len *= 2
-    return len(
-        {position // split_len for position in (*range(first, length, split_len), length - 1)}
-    )
+    first = max(0, length - rule.q_len + 1 - rule.window) if rule.window else 0
+    return max(1, min((length - first) // rule.min_len, rule.max_count))
 
 
 def running_maximum(values: list[int]) -> Iterator[int]:
@@ -312,8 +371,10 @@ def running_maximum(values: list[int]) -> Iterator[int]:
 
 STANDARD = [
     lambda: Case(Shape(6, 2, 12, page_size=8, window=30, dtype=torch.bfloat16), [5, 31, 200]),
-    lambda: Case(Shape(6, 2, 16, page_size=32, window=130, q_len=3), [3, 129, 300]),
-    lambda: Case(Shape(4, 2, 24, 20, page_size=32, q_len=2), [0, 2, 257, 2200], num_entries=80),
+    lambda: Case(Shape(2, 2, 16, page_size=32, window=280, q_len=3), [3, 129, 504, 700]),
+    lambda: Case(Shape(4, 2, 24, 20, page_size=32, q_len=2), [0, 2, 600], num_entries=20),
+    lambda: Case(Shape(20, 1, 16, page_size=16), [1, 40]),
+    lambda: Case(Shape(2, 2, 16, page_size=32), [1300, 70]),
     lambda: far_pages(16),
     lambda: far_pages(32),
 ]
@@ -329,13 +390,20 @@ ATTEND_BUGS = [
     ("sum isn't rescaled", "b_sum * b_rescale + tl.sum", "b_sum + tl.sum"),
     (
         "splits overlap",
-        "(first_split + i_split + 1) * split_len, seq_len",
-        "(first_split + i_split + 1) * split_len + BLOCK_N, seq_len",
+        "// num_live) * BLOCK_N\n    end = tl.min",
+        "// num_live + 1) * BLOCK_N\n    end = tl.min",
     ),
     (
         "splits leave gaps",
-        "(first_split + i_split + 1) * split_len, seq_len",
-        "(first_split + i_split + 1) * split_len - BLOCK_N, seq_len",
+        "// num_live) * BLOCK_N\n    end = tl.min",
+        "// num_live - 1) * BLOCK_N\n    end = tl.min",
+    ),
+    ("the last block is missed", "tl.cdiv(seq_len, BLOCK_N) - first", "seq_len // BLOCK_N - first"),
+    ("row blocks are all the first", "% ROW_BLOCKS * BLOCK_M", "% ROW_BLOCKS * 0"),
+    (
+        "row blocks are taken for splits",
+        "i_split = tl.program_id(0) // ROW_BLOCKS",
+        "i_split = tl.program_id(0)",
     ),
     (
         "page offsets have 32 bits",
@@ -397,7 +465,13 @@ ATTEND_BUGS = [
 COMBINE_BUGS = [
     ("window one too wide", "seq_len - Q_LEN + 1 - WINDOW", "seq_len - Q_LEN - WINDOW"),
     ("window one too narrow", "seq_len - Q_LEN + 1 - WINDOW", "seq_len - Q_LEN + 2 - WINDOW"),
-    ("last split is missed", "tl.maximum(seq_len - 1, 0) //", "tl.maximum(seq_len - 2, 0) //"),
+    ("one split too many", "// MIN_LEN, MAX_COUNT), 1)", "// MIN_LEN, MAX_COUNT), 1) + 1"),
+    (
+        "a sequence of length 0 has no split",
+        "// MIN_LEN, MAX_COUNT), 1)",
+        "// MIN_LEN, MAX_COUNT), 0)",
+    ),
+    ("splits of the whole sequence", "(seq_len - first) // MIN_LEN", "seq_len // MIN_LEN"),
     ("parts beyond the last are added", "m_p = i_split < num_live", "m_p = i_split >= 0"),
     ("output isn't rescaled", "b_o * b_rescale", "b_o"),
     ("sum isn't rescaled", "b_sum * b_rescale", "b_sum"),
