@@ -1,15 +1,17 @@
 """The engine: sequences in, tokens out, one step at a time. Synchronous and single-threaded.
 
-Scheduler.schedule() → ScheduledStep → ModelRunner.run → Sampler → Scheduler.commit → StepOutput
+Scheduler.schedule → ScheduledStep → ModelRunner.run → Sampler.draw → Scheduler.commit → StepOutput
 """
 
 import time
 from collections.abc import Sequence as SequenceOf
+from functools import cached_property
 
 import torch
 
 from bezel.engine.checkpoint import Checkpoint, resolve_checkpoint
 from bezel.engine.config import EngineConfig
+from bezel.engine.grammar import GrammarCompiler
 from bezel.engine.messages import (
     AddSequence,
     EngineInfo,
@@ -65,6 +67,12 @@ class Engine:
             global_page_bytes=layout.global_page_bytes,
         )
 
+    @cached_property
+    def grammar_compiler(self) -> GrammarCompiler:
+        """Made when the first grammar comes: seconds, and memory, that others needn't spend."""
+        vocab_size = self.runner.model_config.vocab_size
+        return GrammarCompiler(self.checkpoint, vocab_size, self._eos_token_ids)
+
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
@@ -84,9 +92,16 @@ class Engine:
         )
 
     def add(self, request: AddSequence) -> None:
-        """Queue a sequence that the engine `can_serve`."""
+        """Queue a sequence that the engine `can_serve`.
+
+        Raises:
+            BezelError: its grammar can't be compiled.
+        """
         assert self.can_serve(request)
         params = request.params
+        grammar = None
+        if params.grammar is not None:
+            grammar = self.grammar_compiler.compile(params.grammar)
         eos = frozenset() if params.ignore_eos else self._eos_token_ids
         self._num_added += 1
         sequence = Sequence(
@@ -100,6 +115,7 @@ class Engine:
             else hash((self.config.seed, self._num_added)),
             stop_token_ids=eos | frozenset(params.stop_token_ids),
             pages=PageTables(self.runner.layout),
+            grammar=grammar,
         )
         self.scheduler.add(sequence)
 
@@ -113,15 +129,24 @@ class Engine:
         started = time.perf_counter()
         step = self.scheduler.schedule()
         assert step.sequences, "there is work, but nothing could be scheduled"
-        token_ids: list[int] = self.sampler.sample(self.runner.run(step), step.sampled).tolist()
+        logits_NV, prompt_logprobs = self.runner.run(step)
+        draws = self.sampler.draw(logits_NV, step.sampled)
+        token_ids, logprobs = draws.fetch()
+        pieces = {} if prompt_logprobs is None else prompt_logprobs.fetch()
         sampled = self.scheduler.commit(step, token_ids)
         outputs = [
             SequenceOutput(
                 request_id=sequence.request_id,
-                token_ids=[token_id],
+                token_ids=[] if token_id is None else [token_id],
                 finish_reason=sequence.finish_reason,
+                logprobs=[logprobs[row]] if row in logprobs and token_id is not None else [],
+                prompt_logprobs=pieces.pop(sequence.request_id, []),
             )
-            for sequence, token_id in zip(sampled, token_ids, strict=True)
+            for row, (sequence, token_id) in enumerate(zip(sampled, token_ids, strict=True))
+        ]
+        outputs += [
+            SequenceOutput(request_id=request_id, token_ids=[], prompt_logprobs=piece)
+            for request_id, piece in pieces.items()
         ]
         stats = self._stats(step, time.perf_counter() - started)
         return StepOutput(outputs=outputs, stats=stats)

@@ -2,7 +2,8 @@
 
     BezelError
     ├── InvalidRequest        the request is wrong                       → 400
-    │   └── PromptTooLong     the prompt leaves no room for an answer    → 400
+    │   ├── PromptTooLong     the prompt leaves no room for an answer    → 400
+    │   └── GrammarError      what the output must keep to can't be kept → 400
     ├── Overloaded            the bounded queue is full                  → 429
     ├── EngineUnavailable     the engine process died or is restarting   → 503
     └── ConfigError           a flag or the checkpoint is wrong          → start-up ends
@@ -40,6 +41,10 @@ class PromptTooLong(InvalidRequest):
             param="messages",
             code="context_length_exceeded",
         )
+
+
+class GrammarError(InvalidRequest):
+    """A grammar or schema that can't be compiled, or costs too much."""
 
 
 class Overloaded(BezelError):

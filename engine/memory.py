@@ -8,11 +8,12 @@ import torch
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import ConfigError
 from bezel.engine.kv_layout import KVLayout
+from bezel.engine.logprobs import PROMPT_ROWS
 from bezel.engine.model_config import ModelConfig
 from bezel.kernels.decode_combine import Splits
 
 FLOAT32_BYTES = 4
-LOGITS_COPIES = 3  # as computed, adjusted, and scaled by temperature
+LOGITS_COPIES = 3  # softcapped, kept for log-probabilities, and what looking through them takes
 WORKSPACE_BYTES = 1 << 30  # cuBLAS, CUDA graphs, what the allocator can't join
 CPU_SHARE = 0.25  # of available memory: the arena fills only as it is used, but never shrinks
 
@@ -54,12 +55,16 @@ def activation_bytes(config: EngineConfig, model: ModelConfig, value_bytes: int)
     if model.moe is not None:
         routed = model.moe.top_k * (model.hidden_size + model.moe.intermediate_size)
     per_token = (attention + feed_forward + residuals + per_layer + routed) * value_bytes
-    per_sequence = model.vocab_size * (value_bytes + LOGITS_COPIES * FLOAT32_BYTES)
-    heads, kv_heads = model.global_.num_heads, model.global_.num_kv_heads
-    splits = Splits.of(heads // kv_heads, kv_heads, None, 1).most(model.max_position_embeddings)
-    per_sequence += splits * heads * (model.global_.head_dim + 1) * FLOAT32_BYTES
+    per_row = model.vocab_size * (value_bytes + LOGITS_COPIES * FLOAT32_BYTES)
+    logits = max(config.max_num_seqs, PROMPT_ROWS) * per_row
+    shape = model.global_
+    turned = 2 * shape.rotary.num_frequencies if shape.key_is_value else 0
+    group = shape.num_heads // shape.num_kv_heads
+    rule = Splits.of(group, shape.num_kv_heads, shape.head_dim, turned, None, 1)
+    splits = rule.most(model.max_position_embeddings)
+    per_sequence = splits * shape.num_heads * (shape.head_dim + 1) * FLOAT32_BYTES
     sequences = config.max_num_seqs * per_sequence
-    return config.max_num_batched_tokens * per_token + sequences + WORKSPACE_BYTES
+    return config.max_num_batched_tokens * per_token + sequences + logits + WORKSPACE_BYTES
 
 
 def max_model_len(

@@ -68,7 +68,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
     top_logprobs: list[float]
 
 
-class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True):
+class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """New tokens of one sequence. The last one carries `finish_reason`.
 
     `logprobs` has an entry for each of `token_ids` if they were asked for. `prompt_logprobs` come

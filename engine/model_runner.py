@@ -15,15 +15,15 @@ from bezel.engine.decode_graphs import DecodeGraphs, capture_sizes
 from bezel.engine.errors import ConfigError
 from bezel.engine.kv_cache import KVCache
 from bezel.engine.kv_layout import KVLayout
+from bezel.engine.logprobs import PromptLogprobs
 from bezel.engine.memory import activation_bytes, arena_bytes, max_model_len
 from bezel.engine.model_config import ModelConfig
 from bezel.engine.models.registry import build_model
 from bezel.engine.scheduler import ScheduledStep
+from bezel.engine.warm_up import warm_up_model
 from bezel.engine.weights import load_weights
 
 logger = logging.getLogger("bezel")
-
-IDLE_CHUNK = 256  # tokens of the chunk that compiles the prefill kernels
 
 
 class ModelRunner:
@@ -56,21 +56,29 @@ class ModelRunner:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     @torch.inference_mode()
-    def run(self, step: ScheduledStep) -> Tensor:
-        """Compute a step; logits_NV (float32) of its sampled sequences."""
+    def run(self, step: ScheduledStep) -> tuple[Tensor, PromptLogprobs | None]:
+        """Compute a step: logits_NV (float32) of its sampled sequences, and log-probabilities of
+        the prompts whose sequences ask for them."""
         if self.decode_graphs is not None and self.decode_graphs.takes(step):
-            return self._logits(self.decode_graphs.run(step))
+            return self._logits(self.decode_graphs.run(step)), None
         batch = Batch.build(step, self.layout, self.device)
         hidden_TD = self._hidden(batch)
+        prompt_logprobs = PromptLogprobs.compute(step, hidden_TD, self._logits)
         if batch.sampled_rows_N is not None:
             hidden_TD = hidden_TD[batch.sampled_rows_N]
-        return self._logits(hidden_TD)
+        return self._logits(hidden_TD), prompt_logprobs
 
     @torch.inference_mode()
     def _warm_up(self, config: EngineConfig) -> None:
-        """Compile the kernels of a chunk, and record decode steps unless told not to."""
+        """Compile the model's kernels, and record decode steps unless told not to."""
         started = time.monotonic()
-        self._hidden(Batch.idle_chunk(IDLE_CHUNK, self.layout, self.device))
+        warm_up_model(
+            lambda batch: self._logits(self._hidden(batch)[:1]),
+            self.layout,
+            config.max_num_batched_tokens,
+            self.max_model_len,
+            self.device,
+        )
         if not config.enforce_eager:
             self.decode_graphs = DecodeGraphs(
                 self._hidden,

@@ -13,7 +13,7 @@ import msgspec
 import zmq
 
 from bezel.engine.config import EngineConfig
-from bezel.engine.errors import ConfigError
+from bezel.engine.errors import BezelError, ConfigError
 from bezel.engine.messages import (
     AddSequence,
     FinishReason,
@@ -28,6 +28,8 @@ from bezel.engine.messages import (
 
 if TYPE_CHECKING:
     from bezel.engine.core import Engine
+
+logger = logging.getLogger("bezel")
 
 IDLE_POLL_MS = 1000  # how soon a process without a parent notices
 
@@ -77,14 +79,24 @@ def _handle(
 ) -> None:
     if isinstance(message, FinishSequence):
         engine.finish(message.request_id, message.reason)
-    elif engine.can_serve(message):
-        engine.add(message)
-    else:
+    elif not _add(engine, message):
         refusal = SequenceOutput(
             request_id=message.request_id, token_ids=[], finish_reason=FinishReason.ERROR
         )
         report = engine.report()
         _send(socket, StepOutput(outputs=[refusal], stats=report.stats))
+
+
+def _add(engine: "Engine", message: AddSequence) -> bool:
+    """Whether the sequence was queued."""
+    if not engine.can_serve(message):
+        return False
+    try:
+        engine.add(message)
+    except BezelError as error:
+        logger.warning("%s can't be served: %s", message.request_id, error.message)
+        return False
+    return True
 
 
 def _send(socket: "zmq.Socket[bytes]", message: FromEngine) -> None:

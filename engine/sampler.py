@@ -1,8 +1,9 @@
-"""From logits to one token per sequence: penalties, biases and bans first, then the draw.
+"""From logits to one token per sequence: penalties, biases, bans and masks first, then the draw.
 
 N sampled sequences   V vocabulary   E edits, each of one logit of one row
 """
 
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
@@ -10,9 +11,32 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bezel.engine.logprobs import DeviceLogprobs, RawLogits
+from bezel.engine.messages import TokenLogprobs
 from bezel.engine.sequence import Sequence
+from bezel.engine.token_masks import TokenMasks
 from bezel.kernels.logits import edit_logits
 from bezel.kernels.sampling import sample, to_device
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """What was drawn for each sequence of a step, still on the device."""
+
+    token_ids_N: Tensor
+    masks: TokenMasks | None
+    logprobs: DeviceLogprobs | None
+    rows: list[int]  # which have log-probabilities
+
+    def fetch(self) -> tuple[list[int | None], dict[int, TokenLogprobs]]:
+        """The tokens, and by row the log-probabilities of those that ask; waits for the device.
+
+        None stands for a token that the sequence's mask doesn't allow: no other was left.
+        """
+        drawn: list[int] = self.token_ids_N.tolist()
+        token_ids = list[int | None](drawn) if self.masks is None else self.masks.checked(drawn)
+        logprobs = [] if self.logprobs is None else self.logprobs.fetch()
+        return token_ids, dict(zip(self.rows, logprobs, strict=True))
 
 
 class Sampler:
@@ -22,7 +46,22 @@ class Sampler:
         known = [token_id for token_id in suppressed if token_id < vocab_size]
         self._suppressed = torch.tensor(known, dtype=torch.int64)
 
-    def sample(self, logits_NV: Tensor, sequences: list[Sequence]) -> Tensor:
+    def draw(self, logits_NV: Tensor, sequences: list[Sequence]) -> Draws:
+        """Draw a token per row; nothing here waits for the device.
+
+        `logits_NV` (float32, contiguous) is changed in place.
+        """
+        masks = TokenMasks.of(sequences, logits_NV.shape[1])
+        if all(sequence.params.logprobs is None for sequence in sequences):
+            return Draws(self.sample(logits_NV, sequences, masks), masks, None, [])
+        changes = masks is not None or len(self._suppressed) > 0 or any(map(_has_edits, sequences))
+        raw = RawLogits.keep(logits_NV, sequences, changes)
+        token_ids_N = self.sample(logits_NV, sequences, masks)
+        return Draws(token_ids_N, masks, raw.logprobs(token_ids_N), raw.rows)
+
+    def sample(
+        self, logits_NV: Tensor, sequences: list[Sequence], masks: TokenMasks | None = None
+    ) -> Tensor:
         """One token id (int64) per row, still on the device: nothing here waits for it.
 
         `logits_NV` (float32, contiguous) is changed in place.
@@ -35,6 +74,8 @@ class Sampler:
         if len(self._suppressed):
             self._suppressed = self._suppressed.to(logits_NV.device)  # moves once
             logits_NV.index_fill_(1, self._suppressed, -torch.inf)
+        if masks is not None:
+            masks.apply(logits_NV)
         params = [sequence.params for sequence in sequences]
         return sample(
             logits_NV,
@@ -48,8 +89,8 @@ class Sampler:
 
 
 def _bans_stop_tokens(sequence: Sequence) -> bool:
-    is_short = sequence.num_output_tokens < sequence.params.min_tokens
-    return is_short and len(sequence.stop_token_ids) > 0
+    """Masks do so themselves: they know whether any other token is left."""
+    return sequence.is_too_short and len(sequence.stop_token_ids) > 0 and not sequence.is_bound
 
 
 def _has_edits(sequence: Sequence) -> bool:

@@ -7,17 +7,30 @@ import msgspec
 
 from bezel.engine.errors import InvalidRequest
 
+MAX_LOGPROBS = 20
+
 
 class ThinkingBudget(msgspec.Struct, frozen=True, kw_only=True):
     """After `num_tokens` tokens between `open_id` and `close_id` the next token is `close_id`.
 
-    `is_open`: the prompt has ended within a thought, so that the first token counts already.
+    Tokens of several thoughts count together. `is_open`: the prompt has ended within a thought, so
+    that the first token counts already.
     """
 
     num_tokens: int
     open_id: int
     close_id: int
     is_open: bool
+
+    def validate(self, vocab_size: int) -> None:
+        """Check every range.
+
+        Raises:
+            InvalidRequest: naming `thinking_budget`.
+        """
+        _check("thinking_budget", self.num_tokens, 0, 2**31 - 1)
+        for token_id in (self.open_id, self.close_id):
+            _check("thinking_budget", token_id, 0, vocab_size - 1)
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,6 +86,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
         _check("repetition_penalty", self.repetition_penalty, 0.001, 1000.0)
         if self.seed is not None:
             _check("seed", self.seed, -(2**63), 2**63 - 1)
+        if self.logprobs is not None:
+            _check("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
+        if self.thinking_budget is not None:
+            self.thinking_budget.validate(vocab_size)
+        _check("priority", self.priority, -(2**31), 2**31 - 1)
         for token_id in self.stop_token_ids:
             _check("stop_token_ids", token_id, 0, vocab_size - 1)
         for token_id, bias in self.logit_bias.items():

@@ -1,19 +1,24 @@
 """Decides what the next step computes.
 
 One token budget a step: sequences that decode come first, then prompts under way, then waiting
-ones, first come first served. A prompt longer than what is left of the budget goes in chunks. When
-pages run out the sequence that came last gives up all of its own and waits to be recomputed.
+ones; of each the lowest `priority` first, and of equal ones the first to come. A prompt longer than
+what is left of the budget goes in chunks. When pages run out the last in that order gives up all of
+its own and waits to be recomputed; one that merely waits never takes another's place.
 No tensors, no clock; the same calls on the same state give the same step.
 """
 
-from collections import deque
+from bisect import bisect_left, insort
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from bezel.engine.config import EngineConfig
 from bezel.engine.kv_layout import PageCount
 from bezel.engine.messages import FinishReason
 from bezel.engine.page_pool import PagePool
 from bezel.engine.sequence import Sequence, SequenceStatus
+
+_rank = attrgetter("rank")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +45,13 @@ class ScheduledSequence:
         """Whether the chunk reaches the sequence's last token, so that a new one is drawn."""
         return self.end == self.sequence.num_tokens
 
+    @property
+    def prompt_positions(self) -> range:
+        """Positions that predict a token of the prompt, and didn't already before a preemption."""
+        sequence = self.sequence
+        first = max(self.start, sequence.num_once_computed)
+        return range(first, min(self.end, sequence.num_prompt_tokens - 1))
+
 
 @dataclass(slots=True)
 class ScheduledStep:
@@ -65,8 +77,10 @@ class Scheduler:
         self._token_budget = config.max_num_batched_tokens
         self._max_chunk = config.long_prefill_token_threshold or self._token_budget
         self.pool = pool
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of arrival
+        # Both in the order of ranks.
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._num_added = 0
         self._by_id: dict[str, Sequence] = {}
 
     @property
@@ -76,17 +90,17 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         assert sequence.request_id not in self._by_id, f"{sequence.request_id} was added twice"
         self._by_id[sequence.request_id] = sequence
-        self.waiting.append(sequence)
+        sequence.arrival = self._num_added
+        self._num_added += 1
+        insort(self.waiting, sequence, key=_rank)
 
     def finish(self, request_id: str, reason: FinishReason) -> Sequence | None:
         """End a sequence in whatever phase it is; None if it has already ended."""
         sequence = self._by_id.get(request_id)
         if sequence is None:
             return None
-        if sequence.status is SequenceStatus.WAITING:
-            self.waiting.remove(sequence)
-        else:
-            self.running.remove(sequence)
+        is_waiting = sequence.status is SequenceStatus.WAITING
+        _remove(sequence, self.waiting if is_waiting else self.running)
         self._end(sequence, reason)
         return sequence
 
@@ -108,8 +122,9 @@ class Scheduler:
         step.sequences = sorted(chosen.values(), key=lambda scheduled: scheduled.num_tokens > 1)
         return step
 
-    def commit(self, step: ScheduledStep, token_ids: list[int]) -> list[Sequence]:
-        """Book a computed step: `token_ids` are the draws for `step.sampled`, in that order.
+    def commit(self, step: ScheduledStep, token_ids: Iterable[int | None]) -> list[Sequence]:
+        """Book a computed step: `token_ids` are the draws for `step.sampled`, in that order; None
+        ends a sequence for which none could be drawn.
 
         Returns the sampled sequences; those that ended have their `finish_reason` set.
         """
@@ -118,9 +133,9 @@ class Scheduler:
             scheduled.sequence.pages.release_slid(self.pool)
         sampled = step.sampled
         for sequence, token_id in zip(sampled, token_ids, strict=True):
-            reason = sequence.append(token_id)
+            reason = FinishReason.ERROR if token_id is None else sequence.append(token_id)
             if reason is not None:
-                self.running.remove(sequence)
+                _remove(sequence, self.running)
                 self._end(sequence, reason)
         return sampled
 
@@ -161,8 +176,8 @@ class Scheduler:
             needed = self.pool.layout.peak_pages(sequence.num_tokens)
             if not self.pool.can_allocate(promised + needed):
                 return
-            self.waiting.popleft()
-            self.running.append(sequence)
+            del self.waiting[0]
+            insort(self.running, sequence, key=_rank)
             sequence.status = SequenceStatus.RUNNING
             scheduled = self._take_pages(sequence, budget)
             assert scheduled is not None
@@ -179,14 +194,20 @@ class Scheduler:
         return promised
 
     def _preempt(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
+        _remove(sequence, self.running)
         sequence.pages.release_all(self.pool)
+        sequence.num_once_computed = max(sequence.num_once_computed, sequence.num_computed_tokens)
         sequence.num_computed_tokens = 0
         sequence.status = SequenceStatus.WAITING
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_rank)
 
     def _end(self, sequence: Sequence, reason: FinishReason) -> None:
         sequence.pages.release_all(self.pool)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         del self._by_id[sequence.request_id]
+
+
+def _remove(sequence: Sequence, queue: list[Sequence]) -> None:
+    """Take it out of a queue in the order of ranks, without looking through all of it."""
+    del queue[bisect_left(queue, sequence.rank, key=_rank)]

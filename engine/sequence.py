@@ -4,9 +4,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
 
+from bezel.engine.errors import GrammarError
+from bezel.engine.grammar import GrammarState
 from bezel.engine.messages import FinishReason
 from bezel.engine.page_tables import PageTables
 from bezel.engine.sampling_params import SamplingParams
+from bezel.engine.thought_limit import ThoughtLimit
 
 
 class SequenceStatus(Enum):
@@ -22,6 +25,8 @@ class Sequence:
     """`token_ids` is the prompt and what was sampled; `num_computed_tokens` of them have K/V.
 
     `stop_token_ids` is the checkpoint's EOS set and the request's own, ready for look-ups.
+    `num_once_computed` tokens had K/V before the sequence was last preempted. `arrival` is the
+    scheduler's: how many sequences came before.
     """
 
     request_id: str
@@ -30,14 +35,20 @@ class Sequence:
     seed: int
     stop_token_ids: frozenset[int]
     pages: PageTables
+    grammar: GrammarState | None = None
+    thought_limit: ThoughtLimit | None = field(init=False, default=None)
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0
+    num_once_computed: int = 0
+    arrival: int = 0
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     output_counts: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = len(self.token_ids)
+        if self.params.thinking_budget is not None:
+            self.thought_limit = ThoughtLimit(self.params.thinking_budget)
 
     @property
     def num_tokens(self) -> int:
@@ -56,11 +67,46 @@ class Sequence:
         """More than the newest token is still to be computed."""
         return self.num_uncomputed_tokens > 1
 
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Who goes first: the lower one."""
+        return self.params.priority, self.arrival
+
+    @property
+    def is_too_short(self) -> bool:
+        """No stop token may end it yet."""
+        return self.num_output_tokens < self.params.min_tokens
+
+    @property
+    def forced_id(self) -> int | None:
+        """The token that has to come next, as soon as the grammar lets it; None while any may."""
+        return None if self.thought_limit is None else self.thought_limit.forced_id
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether a mask says what may come next."""
+        if self.grammar is None and self.thought_limit is None:  # as a rule, and soon decided
+            return False
+        return self.grammar is not None or self.forced_id is not None
+
     def append(self, token_id: int) -> FinishReason | None:
-        """Add a sampled token; return why the sequence ends with it, or None."""
+        """Add a sampled token, which the mask has to allow; return why the sequence ends with it,
+        or None.
+
+        The end of a grammar is the end of the sequence, for nothing could follow.
+        """
         self.token_ids.append(token_id)
         self.output_counts[token_id] += 1
-        if token_id in self.stop_token_ids and self.num_output_tokens >= self.params.min_tokens:
+        if self.thought_limit is not None:
+            self.thought_limit.accept(token_id)
+        if self.grammar is not None:
+            try:
+                self.grammar.accept(token_id)
+            except GrammarError:
+                return FinishReason.ERROR
+            if self.grammar.is_finished:
+                return FinishReason.STOP
+        if token_id in self.stop_token_ids and not self.is_too_short:
             return FinishReason.STOP
         if self.num_output_tokens >= self.params.max_tokens:
             return FinishReason.LENGTH

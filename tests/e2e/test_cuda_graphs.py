@@ -18,7 +18,7 @@ from bezel.engine.config import EngineConfig
 from bezel.engine.core import Engine
 from bezel.engine.decode_graphs import DecodeGraphs, capture_sizes
 from bezel.engine.messages import AddSequence
-from bezel.engine.sampling_params import SamplingParams
+from bezel.engine.sampling_params import SamplingParams, ThinkingBudget
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,6 +37,12 @@ MIXED = [
     SamplingParams(max_tokens=10, temperature=1.0, min_p=0.01, seed=2),
     SamplingParams(max_tokens=10, temperature=0.7, presence_penalty=1.0, min_tokens=4, seed=3),
     SamplingParams(max_tokens=10, temperature=1.0, top_p=0.9, logit_bias={7: 1.5}, seed=4),
+    SamplingParams(max_tokens=10, temperature=0.0, logprobs=5, prompt_logprobs=2),
+    SamplingParams(
+        max_tokens=10,
+        temperature=0.0,
+        thinking_budget=ThinkingBudget(num_tokens=3, open_id=7, close_id=8, is_open=True),
+    ),
 ]
 
 
@@ -136,9 +142,9 @@ def test_nothing_waits_before_the_tokens_are_fetched(tiny: Any, enforce_eager: b
     while engine.has_work:
         step = engine.scheduler.schedule()
         with torch.inference_mode(), waiting_is_an_error():
-            token_ids_N = engine.sampler.sample(engine.runner.run(step), step.sampled)
+            draws = engine.sampler.draw(engine.runner.run(step)[0], step.sampled)
             with pytest.raises(RuntimeError, match="synchronizing"):
-                token_ids_N.tolist()
-        engine.scheduler.commit(step, token_ids_N.tolist())
+                draws.fetch()
+        engine.scheduler.commit(step, draws.fetch()[0])
         num_steps += 1
     assert num_steps == GREEDY.max_tokens - 1

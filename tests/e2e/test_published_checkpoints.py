@@ -199,10 +199,10 @@ def first_logits(engine: Engine, prompt: list[int]) -> Tensor:
     seen: list[Tensor] = []
     run = engine.runner.run
 
-    def recording_run(step: Any) -> Tensor:
-        logits_NV = run(step)
+    def recording_run(step: Any) -> Any:
+        logits_NV, prompt_logprobs = run(step)
         seen.append(logits_NV.clone())
-        return logits_NV
+        return logits_NV, prompt_logprobs
 
     engine.runner.run = recording_run  # type: ignore[method-assign]
     engine.generate([prompt], SamplingParams(max_tokens=1, temperature=0.0))

@@ -26,12 +26,12 @@ class RecordingEngine(Engine):
         self.num_preemptions = 0
         run = self.runner.run
 
-        def recording_run(step: Any) -> torch.Tensor:
-            logits_NV = run(step)
+        def recording_run(step: Any) -> Any:
+            logits_NV, prompt_logprobs = run(step)
             self.num_preemptions += step.num_preemptions
             for sequence, logits_V in zip(step.sampled, logits_NV, strict=True):
                 self.logits.setdefault(sequence.request_id, []).append(logits_V.clone().cpu())
-            return logits_NV
+            return logits_NV, prompt_logprobs
 
         self.runner.run = recording_run  # type: ignore[method-assign]
 

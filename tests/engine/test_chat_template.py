@@ -70,9 +70,54 @@ def test_marks_for_training_leave_their_text() -> None:
     assert render(source, [{"content": "x"}]) == "axb"
 
 
+SEARCHES = {
+    "not found": (
+        "{% if not ns.found %}{% if n == 3 %}{% set ns.found = true %}{% endif %}{% endif %}"
+    ),
+    "stopped": "{% if ns.found %}{% elif n == 3 %}{% set ns.found = true %}{% endif %}",
+}
+
+
+@pytest.mark.parametrize("body", SEARCHES.values(), ids=SEARCHES)
+def test_searches_end_with_what_they_find(body: str) -> None:
+    numbers = iter(range(9))
+    source = "{% set ns = namespace(found=false) %}{% for n in numbers %}" + body + "{% endfor %}"
+    assert render(source + "{{ ns.found }}", CHAT, numbers=numbers) == "True"
+    assert next(numbers) == 4
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("{% if not m.content is string %}{% else %}{{ m.role }},{% endif %}", "system,user,user,"),
+        ("{% if not m.hidden %}{{ m.role }},{% endif %}", "system,assistant,user,"),
+        ("{% if not loop.first %}{{ m.role }},{% endif %}", "user,assistant,user,"),
+        ("{% if loop.first %}{% else %}{{ m.role }},{% endif %}", "user,assistant,user,"),
+        ("{% if not ns.stop %}{{ m.role }}{% else %}-{% endif %}", "----"),
+        ("{% if not ns.stop %}{{ m.role }}{% endif %}+", "++++"),
+        ("{% if ns.stop %}-{% endif %}", "----"),
+    ],
+)
+def test_other_loops_go_to_their_end(body: str, expected: str) -> None:
+    messages = [dict(message, hidden=i == 1) for i, message in enumerate(CHAT)]
+    source = "{% set ns = namespace(stop=true) %}{% for m in messages %}" + body + "{% endfor %}"
+    assert render(source, messages) == expected
+
+
+def test_bottomless_values_are_the_requests_fault() -> None:
+    value: list[Any] = []
+    for _ in range(1000):
+        value = [value]
+    source = """\
+{%- macro show(x) %}{% if x %}({{ show(x[0]) }}){% endif %}{% endmacro %}{{ show(deep) }}"""
+    with pytest.raises(InvalidRequest, match="recursion"):
+        render(source, CHAT, deep=value)
+
+
 def test_messages_cannot_be_overridden() -> None:
-    template = ChatTemplate("{{ messages | length }} {{ add_generation_prompt }}", BOS)
-    assert template.render(CHAT, True, {"messages": [], "add_generation_prompt": 0}) == "4 True"
+    template = ChatTemplate("{{ messages | length }} {{ add_generation_prompt }} {{ tools }}", BOS)
+    ours = {"messages": [], "add_generation_prompt": 0, "tools": [1]}
+    assert template.render(CHAT, True, ours) == "4 True None"
 
 
 @pytest.mark.parametrize(

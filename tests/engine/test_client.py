@@ -16,7 +16,7 @@ from bezel.engine.client import EngineClient
 from bezel.engine.config import EngineConfig
 from bezel.engine.core import Engine
 from bezel.engine.errors import ConfigError, EngineUnavailable, Overloaded
-from bezel.engine.messages import FinishReason, SequenceOutput, StepStats
+from bezel.engine.messages import AddSequence, FinishReason, SequenceOutput, StepStats
 from bezel.engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
@@ -88,6 +88,24 @@ def test_the_same_tokens_as_in_process(small_checkpoint: Path) -> None:
         assert (last.num_running, last.num_waiting, last.local_pages_used) == (0, 0, 0)
 
     scenario(test, small_checkpoint)
+
+
+def test_log_probabilities_come_through(small_checkpoint: Path) -> None:
+    params = SamplingParams(max_tokens=4, temperature=0.0, logprobs=2, prompt_logprobs=1)
+    prompt = list(range(3, 90))
+    engine = Engine(config(small_checkpoint, long_prefill_token_threshold=20))
+    engine.add(AddSequence("r", prompt, params))
+    expected = []
+    while engine.has_work:
+        expected += engine.step().outputs
+
+    async def test(client: EngineClient, stats: list[StepStats]) -> None:
+        outputs = await collect(client, "r", prompt, params)
+        assert outputs == expected
+        assert [len(output.prompt_logprobs) for output in outputs] == [20, 20, 20, 20, 6, 0, 0, 0]
+        assert [len(output.logprobs) for output in outputs] == [0, 0, 0, 0, 1, 1, 1, 1]
+
+    scenario(test, small_checkpoint, long_prefill_token_threshold=20)
 
 
 def test_closing_a_generator_aborts_running_and_waiting_sequences(small_checkpoint: Path) -> None:
@@ -218,12 +236,14 @@ if __name__ == "__main__":
     assert subprocess.run([sys.executable, script], timeout=TIMEOUT_S).returncode == 0
 
 
-def test_a_sequence_that_does_not_fit_ends_alone(small_checkpoint: Path) -> None:
+def test_a_sequence_that_cannot_be_served_ends_alone(small_checkpoint: Path) -> None:
     """As after a restart into less memory, with limits that the front end has not heard of yet."""
 
     async def test(client: EngineClient, stats: list[StepStats]) -> None:
         too_long = SamplingParams(max_tokens=5000, temperature=0.0)
-        for prompt, params in (([3], too_long), ([3, 300], GREEDY), ([], GREEDY)):
+        # Without a tokenizer there are no grammars either.
+        bound = SamplingParams(max_tokens=8, grammar="start: /x/")
+        for prompt, params in (([3], too_long), ([3, 300], GREEDY), ([], GREEDY), ([3], bound)):
             outputs = await collect(client, "r", prompt, params)
             assert [(o.token_ids, o.finish_reason) for o in outputs] == [([], FinishReason.ERROR)]
         answer = await collect(client, "fine", [3], GREEDY)

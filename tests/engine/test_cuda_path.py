@@ -1,12 +1,15 @@
 """What the engine does on a GPU, on tensors that are there in name only.
 
-Shows that no operation mixes host and device tensors, that nothing in a decode step waits for a
-value or a shape from the device, and that what attends, norms and routes are kernels of our own.
+Shows that no operation mixes host and device tensors, that nothing in a step waits for a value or a
+shape from the device before its tokens are fetched, with log-probabilities and masks or without,
+and that what attends, norms and routes are kernels of our own.
 """
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
+import msgspec
+import numpy as np
 import pytest
 import torch
 
@@ -17,14 +20,16 @@ from simulator.fake_cuda import fake_cuda
 from bezel.engine.batch import Batch
 from bezel.engine.config import EngineConfig
 from bezel.engine.decode_graphs import DecodeGraphs
+from bezel.engine.grammar import GrammarState
 from bezel.engine.kv_cache import KVCache
 from bezel.engine.kv_layout import KVLayout
+from bezel.engine.logprobs import DeviceLogprobs, PromptLogprobs
 from bezel.engine.model_config import ModelConfig
 from bezel.engine.models.registry import FAMILIES
 from bezel.engine.page_pool import PagePool
 from bezel.engine.page_tables import PageTables
-from bezel.engine.sampler import Sampler
-from bezel.engine.sampling_params import SamplingParams
+from bezel.engine.sampler import Draws, Sampler
+from bezel.engine.sampling_params import SamplingParams, ThinkingBudget
 from bezel.engine.scheduler import Scheduler
 from bezel.engine.sequence import Sequence
 
@@ -49,31 +54,47 @@ class Model:
         self.scheduler = Scheduler(EngineConfig(), PagePool(self.layout, ARENA_BYTES))
         self.sampler = Sampler([5], config.vocab_size)
 
-    def add(self, num_tokens: int, params: SamplingParams) -> None:
-        name = f"request-{len(self.scheduler._by_id)}"
+    def add(
+        self, num_tokens: int, params: SamplingParams, grammar: GrammarState | None = None
+    ) -> None:
+        name, pages = f"request-{len(self.scheduler._by_id)}", PageTables(self.layout)
         self.scheduler.add(
-            Sequence(name, [9] * num_tokens, params, 1, frozenset({1}), PageTables(self.layout))
+            Sequence(name, [9] * num_tokens, params, 1, frozenset({1}), pages, grammar)
         )
 
     def forward(self, batch: Batch) -> torch.Tensor:
         hidden_TD: torch.Tensor = self.model(batch, self.kv_cache)
         return hidden_TD
 
-    def step(self, graphs: DecodeGraphs | None = None) -> torch.Tensor:
+    def step(self, graphs: DecodeGraphs | None = None) -> tuple[Draws, PromptLogprobs | None]:
         """Compute one step up to the drawn tokens, which stay on the device."""
         step = self.scheduler.schedule()
+        prompt_logprobs = None
         if graphs is not None:
             assert graphs.takes(step)
             hidden_ND = graphs.run(step)
         else:
             batch = Batch.build(step, self.layout, CUDA)
             hidden_ND = self.forward(batch)
+            prompt_logprobs = PromptLogprobs.compute(step, hidden_ND, self.model.compute_logits)
             if batch.sampled_rows_N is not None:
                 hidden_ND = hidden_ND[batch.sampled_rows_N]
-        token_ids_N = self.sampler.sample(self.model.compute_logits(hidden_ND), step.sampled)
-        assert token_ids_N.is_cuda and token_ids_N.shape == (len(step.sampled),)
+        draws = self.sampler.draw(self.model.compute_logits(hidden_ND), step.sampled)
+        assert draws.token_ids_N.is_cuda and draws.token_ids_N.shape == (len(step.sampled),)
         self.scheduler.commit(step, [9] * len(step.sampled))
-        return token_ids_N
+        return draws, prompt_logprobs
+
+
+class Anything:
+    """A grammar that allows every token and never ends."""
+
+    is_finished = False
+
+    def fill_mask(self, mask_W: np.ndarray) -> None:
+        mask_W[:] = -1
+
+    def accept(self, token_id: int) -> None:
+        pass
 
 
 @pytest.fixture(params=MODELS)
@@ -103,6 +124,43 @@ def test_chunks_and_decodes_wait_for_nothing(config: ModelConfig) -> None:
     for launch in launches:
         assert all(tensor.is_cuda for tensor in launch.tensors), launch.name
         assert 0 not in launch.grid, f"{launch.name} would launch nothing"
+
+
+def test_log_probabilities_and_masks_wait_for_nothing(config: ModelConfig) -> None:
+    """All kinds of rows in one step, then decodes of them."""
+    budget = ThinkingBudget(num_tokens=0, open_id=7, close_id=8, is_open=True)
+    with fake_cuda() as launches, torch.inference_mode():
+        model = Model(config)
+        model.add(70, changed(SAMPLED, logprobs=20, prompt_logprobs=3))
+        model.add(1000, changed(PENALISED, logprobs=0))
+        model.add(3, GREEDY)
+        model.add(5, changed(UNCUT, logprobs=5), cast(GrammarState, Anything()))
+        model.add(6, changed(GREEDY, thinking_budget=budget))
+        draws, prompt_logprobs = model.step()
+        assert prompt_logprobs is not None and prompt_logprobs.lengths == {"request-0": 69}
+        tensors = prompt_logprobs.logprobs
+        assert [tuple(t.shape) for t in device_tensors(tensors)] == [(69,), (69, 3), (69, 3)]
+        assert all(tensor.is_cuda for tensor in device_tensors(tensors))
+        for _ in range(2):
+            draws, prompt_logprobs = model.step()
+            assert draws.rows == [0, 1, 3] and draws.logprobs is not None
+            shapes = [tuple(tensor.shape) for tensor in device_tensors(draws.logprobs)]
+            assert prompt_logprobs is None and shapes == [(3,), (3, 20), (3, 20)]
+            assert all(tensor.is_cuda for tensor in device_tensors(draws.logprobs))
+    names = [launch.name for launch in launches]
+    assert names.count("_token_mask_kernel") == 3
+    assert names.count("_logprobs_kernel") == 3 + 2  # 69 rows of a prompt are two blocks
+    for launch in launches:
+        assert all(tensor.is_cuda for tensor in launch.tensors), launch.name
+
+
+def changed(params: SamplingParams, **changes: Any) -> SamplingParams:
+    found: SamplingParams = msgspec.structs.replace(params, **changes)
+    return found
+
+
+def device_tensors(found: DeviceLogprobs) -> list[torch.Tensor]:
+    return [found.logprobs_R, found.top_logprobs_RM, found.top_ids_RM]
 
 
 def test_a_recorded_step_launches_the_same_kernels_whatever_the_sequences(

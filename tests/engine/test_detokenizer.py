@@ -136,6 +136,16 @@ def test_an_earlier_longer_stop_string_is_waited_for(tiny: Tokenizer) -> None:
     assert stop_at("xabc") == ("xab", "c")
 
 
+def test_text_of_no_token_is_text_like_any_other(tiny: Tokenizer) -> None:
+    detokenizer = IncrementalDetokenizer(tiny, ["lo:"])
+    assert detokenizer.push(tiny.encode("a🦄", False)[:-1]) == "a"
+    assert detokenizer.push_text("bl") == "\ufffd" * 3 + "b"
+    assert detokenizer.push(tiny.encode("o", False)) == ""
+    assert detokenizer.push_text(": more") == ""
+    assert detokenizer.matched_stop == "lo:"
+    assert detokenizer.push_text("more") == ""
+
+
 def test_control_tokens_are_text_only_when_asked_for(tiny: Tokenizer) -> None:
     ids = tiny.encode("a<end_of_turn>b", False)
     assert "".join(pieces(IncrementalDetokenizer(tiny), [ids])) == "ab"

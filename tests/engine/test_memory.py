@@ -1,6 +1,7 @@
 """The arena's size, and the longest sequence it holds: exact, and honest when it's too small."""
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,25 @@ def test_activations_of_a_published_model(real_configs: dict[str, Any]) -> None:
     """26B-A4B by hand: 16·512·2 + 2·512·4, 3·2112, 8·2816, 8·(2816 + 704) values a token; 64 parts
     of 16 outputs of 512 values and a sum a sequence."""
     model = ModelConfig.from_hf(real_configs["26B-A4B"])
-    config = EngineConfig(max_num_seqs=10, max_num_batched_tokens=1000)
+    config = EngineConfig(max_num_seqs=100, max_num_batched_tokens=1000)
     per_token = (16_384 + 4_096 + 6_336 + 22_528 + 28_160) * 2
     logits = 262_144 * (2 + 3 * 4)
     parts = 64 * 16 * 513 * 4
-    expected = 1000 * per_token + 10 * (logits + parts) + (1 << 30)
+    expected = 1000 * per_token + 100 * (logits + parts) + (1 << 30)
     assert activation_bytes(config, model, value_bytes=2) == expected
+
+
+def test_activations_leave_room_for_a_prompts_log_probabilities(
+    real_configs: dict[str, Any],
+) -> None:
+    """Logits of 64 rows, however few sequences there are."""
+    model = ModelConfig.from_hf(real_configs["26B-A4B"])
+    needed = [
+        activation_bytes(EngineConfig(max_num_seqs=n, max_num_batched_tokens=1000), model, 2)
+        for n in (1, 2, 64, 65)
+    ]
+    parts, row = 64 * 16 * 513 * 4, 262_144 * (2 + 3 * 4)
+    assert [b - a for a, b in pairwise(needed)] == [parts, 62 * parts, parts + row]
 
 
 def test_a_containers_limit_minus_what_it_uses(tmp_path: Path) -> None:

@@ -7,9 +7,13 @@ import msgspec
 import pytest
 
 from bezel.engine.errors import InvalidRequest
-from bezel.engine.sampling_params import SamplingParams
+from bezel.engine.sampling_params import SamplingParams, ThinkingBudget
 
 VOCAB_SIZE = 100
+
+
+def budget(num_tokens: int, open_id: int = 7, close_id: int = 8) -> ThinkingBudget:
+    return ThinkingBudget(num_tokens=num_tokens, open_id=open_id, close_id=close_id, is_open=False)
 
 
 @pytest.mark.parametrize(
@@ -35,6 +39,12 @@ VOCAB_SIZE = 100
         dict(seed=2**63 - 1),
         dict(stop_token_ids=(0, VOCAB_SIZE - 1)),
         dict(logit_bias={0: -100.0, VOCAB_SIZE - 1: 100.0}),
+        dict(logprobs=0, prompt_logprobs=20),
+        dict(logprobs=20, prompt_logprobs=0),
+        dict(priority=-(2**31)),
+        dict(priority=2**31 - 1),
+        dict(thinking_budget=budget(0, 0, VOCAB_SIZE - 1)),
+        dict(thinking_budget=budget(2**31 - 1, VOCAB_SIZE - 1, 0)),
     ],
     ids=str,
 )
@@ -81,6 +91,16 @@ def test_values_on_the_bounds_are_fine(options: dict[str, Any]) -> None:
         ("logit_bias", {5: 100.5}),
         ("logit_bias", {5: -100.5}),
         ("logit_bias", {5: math.nan}),
+        ("logprobs", -1),
+        ("logprobs", 21),
+        ("prompt_logprobs", -1),
+        ("prompt_logprobs", 21),
+        ("priority", 2**31),
+        ("priority", -(2**31) - 1),
+        ("thinking_budget", budget(-1)),
+        ("thinking_budget", budget(2**31)),
+        ("thinking_budget", budget(5, open_id=VOCAB_SIZE)),
+        ("thinking_budget", budget(5, close_id=-1)),
     ],
 )
 def test_values_beyond_are_refused_by_name(field: str, value: Any) -> None:
@@ -131,6 +151,11 @@ def test_every_field_survives_the_way_to_the_engine_process() -> None:
         seed=-9,
         stop_token_ids=(1, 106),
         ignore_eos=True,
+        logprobs=0,
+        prompt_logprobs=3,
+        grammar="start: /x/",
+        thinking_budget=budget(9),
+        priority=-1,
     )
     defaults = SamplingParams(max_tokens=1)
     for name in SamplingParams.__struct_fields__:

@@ -35,12 +35,12 @@ def make_scheduler(
 
 
 def make_sequence(
-    scheduler: Scheduler, name: str, num_tokens: int, max_tokens: int = 4
+    scheduler: Scheduler, name: str, num_tokens: int, max_tokens: int = 4, priority: int = 0
 ) -> Sequence:
     return Sequence(
         request_id=name,
         token_ids=[TOKEN] * num_tokens,
-        params=SamplingParams(max_tokens=max_tokens),
+        params=SamplingParams(max_tokens=max_tokens, priority=priority),
         seed=0,
         stop_token_ids=frozenset({EOS}),
         pages=PageTables(scheduler.pool.layout),
@@ -115,6 +115,97 @@ def test_a_lone_sequence_whose_pages_lie_scattered_starts_afresh_at_once(
     )
     step = run_step(scheduler)
     assert (step.num_preemptions, plan(step)) == (1, {"a": (0, 31)})
+
+
+def test_the_lowest_priority_is_admitted_first_and_equal_ones_in_order() -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    priorities = {"a": 0, "b": 5, "c": -3, "d": 0, "e": -3, "f": 5, "g": 2}
+    for name, priority in priorities.items():
+        scheduler.add(make_sequence(scheduler, name, 2, max_tokens=1, priority=priority))
+    order = []
+    while scheduler.has_work:
+        order += plan(run_step(scheduler))
+    assert order == ["c", "e", "a", "d", "g", "b", "f"]
+
+
+def test_the_budget_goes_to_the_lowest_priority_first() -> None:
+    scheduler = make_scheduler(budget=10)
+    scheduler.add(make_sequence(scheduler, "slow", 30, priority=1))
+    assert plan(run_step(scheduler)) == {"slow": (0, 10)}
+    scheduler.add(make_sequence(scheduler, "fast", 8))
+    assert plan(run_step(scheduler)) == {"slow": (10, 20)}, "it doesn't make way for one that waits"
+    scheduler.finish("slow", FinishReason.ABORT)
+
+    scheduler = make_scheduler(budget=16)
+    scheduler.add(make_sequence(scheduler, "slow", 30, priority=1))
+    scheduler.add(make_sequence(scheduler, "fast", 30, priority=0))
+    assert plan(run_step(scheduler)) == {"fast": (0, 16)}
+    assert plan(run_step(scheduler)) == {"fast": (16, 30), "slow": (0, 2)}
+    assert plan(run_step(scheduler)) == {"fast": (30, 31), "slow": (2, 17)}
+
+
+@pytest.mark.parametrize(
+    ("priorities", "finishing"),
+    [
+        ({"a": 0, "b": 0, "c": 0}, "abc"),
+        ({"a": 9, "b": 0, "c": 0}, "bca"),
+        ({"a": 0, "b": 1, "c": -1}, "acb"),
+    ],
+)
+def test_the_last_in_rank_is_preempted(priorities: dict[str, int], finishing: str) -> None:
+    """Three that started one after the other, in an arena for about one and a half."""
+    scheduler = make_scheduler(num_sectors=4, window=8, budget=64)
+    for name, priority in priorities.items():
+        scheduler.add(make_sequence(scheduler, name, 20, max_tokens=90, priority=priority))
+        run_step(scheduler)
+    assert len(scheduler.running) == 3
+    ended, victims = [], set()
+    while scheduler.has_work:
+        before = list(scheduler.running)
+        step = scheduler.schedule()
+        for victim in {*before} - {*scheduler.running}:
+            victims.add(victim.request_id)
+            assert all(sequence.rank < victim.rank for sequence in scheduler.running)
+        for sequence in scheduler.commit(step, [TOKEN] * len(step.sampled)):
+            if sequence.finish_reason is not None:
+                ended.append(sequence.request_id)
+    assert "".join(ended) == finishing
+    assert finishing[-1] in victims and finishing[0] not in victims
+
+
+def test_ten_thousand_waiting_are_not_looked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make_scheduler(max_num_seqs=1)
+    for i in range(10_000):
+        scheduler.add(make_sequence(scheduler, f"s{i}", 2, max_tokens=2, priority=i * 7919 % 10))
+    num_ranks = 0
+    rank = Sequence.rank.fget
+    assert rank is not None
+
+    def counting_rank(sequence: Sequence) -> tuple[int, int]:
+        nonlocal num_ranks
+        num_ranks += 1
+        return rank(sequence)
+
+    monkeypatch.setattr(Sequence, "rank", property(counting_rank))
+    run_step(scheduler)
+    scheduler.add(make_sequence(scheduler, "late", 2, priority=5))
+    scheduler.finish("late", FinishReason.ABORT)
+    scheduler.finish("s4999", FinishReason.ABORT)
+    run_step(scheduler)
+    assert num_ranks < 100
+
+
+def test_a_sequence_without_a_draw_ends_in_an_error_alone() -> None:
+    scheduler = make_scheduler()
+    sequences = [make_sequence(scheduler, name, 3) for name in "abc"]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    step = scheduler.schedule()
+    scheduler.commit(step, [TOKEN, None, TOKEN])
+    assert [s.finish_reason for s in sequences] == [None, FinishReason.ERROR, None]
+    assert [s.num_output_tokens for s in sequences] == [1, 0, 1]
+    assert set(plan(run_step(scheduler))) == {"a", "c"}
+    scheduler.pool.check_integrity()
 
 
 def test_stop_tokens_lengths_and_min_tokens_end_a_sequence() -> None:
@@ -238,6 +329,8 @@ def test_random_traffic(
         assert layout.num_bytes(pool.used) <= capacity
         assert all(h.local <= layout.max_local_pages for h in held)
         assert len(ended) == len(set(ended))
+        for queue in (scheduler.waiting, scheduler.running):
+            assert queue == sorted(queue, key=lambda sequence: sequence.rank)
 
     def step(token_id: int) -> None:
         scheduled = scheduler.schedule()
@@ -255,7 +348,7 @@ def test_random_traffic(
             total = layout.peak_pages(first + second)
             if layout.num_sectors(total) > num_sectors:
                 continue  # what the front end refuses: longer than max_model_len
-            sequence = make_sequence(scheduler, f"s{i}", first, second)
+            sequence = make_sequence(scheduler, f"s{i}", first, second, priority=first % 3)
             alive[sequence.request_id] = sequence
             scheduler.add(sequence)
         elif kind == "abort" and alive:

@@ -33,7 +33,9 @@ def test_encode_and_decode(tiny: Tokenizer) -> None:
     assert ids[0] == tiny.bos_token_id == 2
     assert tiny.decode(ids) == "the logo\n\nü"
     assert tiny.decode(ids, skip_special_tokens=False) == "<bos>the logo\n\nü"
-    assert len(tiny.byte_token_ids) == 256
+    assert sorted(tiny.byte_tokens.values()) == list(range(256))
+    assert tiny.byte_tokens[tiny.encode("ü")[1]] == 0xC3
+    assert tiny.byte_token_ids == tiny.byte_tokens.keys()
     assert tiny.vocab_size == tiny._backend.get_vocab_size()
 
 
@@ -105,6 +107,55 @@ def test_messages_cannot_smuggle_control_tokens(
     assert control(ids) == control(expected)
     text = tiny.decode(expected, skip_special_tokens=False)
     assert tiny.decode(ids, skip_special_tokens=False) == text.replace("y", EVIL)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["x<end_of", "x <end_of ", "x<", "<[<end_of_turn", "x<end_of\ufdd0", "<end\ufdd0_of_turn>"],
+)
+def test_halves_of_a_control_token_make_none(make_backend: MakeBackend, content: str) -> None:
+    template = "{{ messages[0].content | trim }}_turn>{{ messages[0].content }}<end_of_turn>"
+    tokenizer = Tokenizer(make_backend(), {}, template)
+    ids = tokenizer.render_chat([{"role": "user", "content": content}])
+    assert [i for i in ids if i in tokenizer.special_token_ids] == [2, 5]
+    plain = content.replace("\ufdd0", "")
+    text = tokenizer.decode(ids, skip_special_tokens=False)
+    assert text == f"<bos>{plain.strip()}_turn>{plain}<end_of_turn>"
+
+
+def test_neither_keys_nor_tools_smuggle_control_tokens(make_backend: MakeBackend) -> None:
+    template = "{{ tools | tojson }}{{ messages | tojson }}{{ documents | tojson }}<eos>"
+    tokenizer = Tokenizer(make_backend(), {}, template)
+    arguments = {"<eos>": {"<bos>": ["<eos>"]}}
+    message = {"role": "assistant", "tool_calls": [{"function": {"arguments": arguments}}]}
+    ids = tokenizer.render_chat(
+        [message], tools=[{"<eos>": "<eos>"}], template_kwargs={"documents": [{"<eos>": 1}]}
+    )
+    assert [i for i in ids if i in tokenizer.special_token_ids] == [2, 1]
+    assert tokenizer.decode(ids, False).count("<eos>") == 6
+
+
+def test_marks_of_repairs_are_taken_out_of_texts(make_backend: MakeBackend) -> None:
+    tokenizer = Tokenizer(make_backend(), {}, "{{ messages[0].content }}")
+    for mark in "\ufdd0\ufdd1\ufdd2\ufdd3":
+        ids = tokenizer.render_chat([{"role": "user", "content": f"the{mark} logo"}])
+        assert ids == tokenizer.encode("the logo")
+
+
+def test_a_final_message_is_continued(tiny: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ab <eos> "}]
+    ids = tiny.render_chat(messages, add_generation_prompt=False, continue_final_message=True)
+    assert tiny.decode(ids, False) == (
+        "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\nab <eos> "
+    )
+    assert 1 not in ids
+    assert len(messages) == 2
+
+
+def test_token_ids_have_names(tiny: Tokenizer) -> None:
+    assert tiny.token_id("<end_of_turn>") == 5
+    assert tiny.token_id("<|turn>") is None
+    assert not tiny.renders_tools
 
 
 def test_other_text_is_tokenised_as_it_stands(tiny: Tokenizer) -> None:
