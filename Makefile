@@ -51,8 +51,9 @@ format: .venv/.installed-dev ## rewrite the code in the project's format
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-docs: .venv/.installed-serve ## write docs/configuration.md anew
+docs: .venv/.installed-serve ## write the generated pages and tables in docs anew
 	.venv/bin/python docs/generate.py
+	.venv/bin/python docs/generate_http_api.py
 
 size: ## lines per folder and module
 	@$(PYTHON) benchmarks/size.py

@@ -5,8 +5,8 @@ API process stays small. Two promises hold for every prompt:
 
 - it has exactly one <bos> in front, whatever the template or the checkpoint's settings say: no
   Gemma was trained without it;
-- control tokens spelled out in a message ("<end_of_turn>") are the text they look like: nobody
-  ends a turn from within one. Only the template makes control tokens.
+- control tokens spelled out in a message ("<end_of_turn>") are the text they look like, in names
+  and keys too: nobody ends a turn from within one. Only the template makes control tokens.
 """
 
 import logging
@@ -24,23 +24,23 @@ from bezel.engine.chat_template import (
 )
 from bezel.engine.checkpoint import Checkpoint
 from bezel.engine.errors import InvalidRequest
+from bezel.engine.template_repair import BREAK, MARKS, continued
 from bezel.engine.tokenizer_files import load_tokenizer_files
 
 logger = logging.getLogger("bezel")
 
-# Put inside a spelled-out control token, and cut out before tokenizing: a code point that Unicode
-# reserves for such uses and that no text may contain.
-_BREAK = "\ufdd0"
 # A bracket and what it may open. Only the bracket is taken, so that brackets around a control token
 # don't hide it.
 _CONTROL_LIKE = re.compile(r"(?=(<[^<>\s]+>|\[[^\[\]\s]+\]))[<\[]")
+# A bracket and what follows it to the end: a template may put the rest of a control token there.
+_UNFINISHED = re.compile(r"(?=([<\[][^<>\[\]\s]*)\s*\Z)[<\[]")
 
 
 class Tokenizer:
     """A checkpoint's vocabulary and chat template.
 
-    `special_token_ids` are the control tokens, `byte_token_ids` the 256 tokens that stand for
-    single bytes of characters the vocabulary lacks.
+    `special_token_ids` are the control tokens. `byte_tokens` are the 256 tokens that stand for
+    single bytes of characters the vocabulary lacks, and those bytes; `byte_token_ids` are its keys.
     """
 
     def __init__(
@@ -61,8 +61,9 @@ class Tokenizer:
         self.vocab_size: int = backend.get_vocab_size()
         self.special_token_ids = frozenset(i for i, token in added.items() if token.special)
         self._control_tokens = frozenset(added[i].content for i in self.special_token_ids)
-        byte_ids = (backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-        self.byte_token_ids = frozenset(i for i in byte_ids if i is not None)
+        byte_ids = ((backend.token_to_id(f"<0x{byte:02X}>"), byte) for byte in range(256))
+        self.byte_tokens = {i: byte for i, byte in byte_ids if i is not None}
+        self.byte_token_ids = frozenset(self.byte_tokens)
         names = {"bos_token": "<bos>", **special_tokens}
         self.bos_token_id: int | None = backend.token_to_id(names["bos_token"])
         self._template = ChatTemplate(chat_template or self._plain_template(), names)
@@ -88,26 +89,43 @@ class Tokenizer:
         ids = self._encode(text, "prompt")
         return self._with_one_bos(ids) if add_special_tokens else ids
 
+    def token_id(self, text: str) -> int | None:
+        """The id of the token spelled exactly so, or None."""
+        return self._backend.token_to_id(text)
+
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids; bytes that are no valid UTF-8 become U+FFFD."""
         return self._backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
 
+    @property
+    def renders_tools(self) -> bool:
+        """Whether the chat template tells the model of tools."""
+        return self._template.renders_tools
+
     def render_chat(
         self,
-        messages: list[dict[str, Any]],
+        messages: Sequence[dict[str, Any]],
         *,
+        tools: Sequence[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] = MappingProxyType({}),
     ) -> list[int]:
         """The prompt for a conversation. `template_kwargs` are further names the template sees.
+
+        With `continue_final_message` the last message is the beginning of the model's answer.
 
         Raises:
             InvalidRequest: the template refuses the messages or fails on them, or their text isn't
                 valid Unicode.
         """
-        plain = [self._defuse(message) for message in messages]
-        text = self._template.render(plain, add_generation_prompt, self._defuse(template_kwargs))
-        ids = [i for piece in text.split(_BREAK) for i in self._encode(piece, "messages")]
+        plain, kwargs = self._defuse(list(messages)), self._defuse(template_kwargs)
+        last = plain.pop() if continue_final_message else None
+        adds_prompt = add_generation_prompt or last is not None
+        text = self._template.render(plain, adds_prompt, kwargs, self._defuse(tools))
+        if last is not None:
+            text = continued(text, last.get("reasoning_content") or "", last["content"])
+        ids = [i for piece in text.split(BREAK) for i in self._encode(piece, "messages")]
         return self._with_one_bos(ids)
 
     def _plain_template(self) -> str:
@@ -131,14 +149,19 @@ class Tokenizer:
         return [self.bos_token_id, *ids[start:]]
 
     def _defuse(self, value: Any) -> Any:
-        """Break every control token spelled out in the strings of `value`."""
+        """Break every control token spelled out in the strings of `value`, keys among them."""
         if isinstance(value, str):
-            return _CONTROL_LIKE.sub(self._break, value)
+            text = _CONTROL_LIKE.sub(self._break_token, MARKS.sub("", value))
+            return _UNFINISHED.sub(self._break_beginning, text)
         if isinstance(value, Mapping):
-            return {key: self._defuse(item) for key, item in value.items()}
+            return {self._defuse(key): self._defuse(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)):
             return [self._defuse(item) for item in value]
         return value
 
-    def _break(self, match: re.Match[str]) -> str:
-        return match[0] + _BREAK if match[1] in self._control_tokens else match[0]
+    def _break_token(self, match: re.Match[str]) -> str:
+        return match[0] + BREAK if match[1] in self._control_tokens else match[0]
+
+    def _break_beginning(self, match: re.Match[str]) -> str:
+        begins = any(token.startswith(match[1]) for token in self._control_tokens)
+        return match[0] + BREAK if begins else match[0]

@@ -65,11 +65,12 @@ _TILES = {
         128: _Tile(128, 8, 2),
     },
 }
+_FLOAT32 = _Tile(64, 8, 2)  # to be exact, not fast; whatever the rows and architecture
 
 
 def tile_options(block_m: int, element_size: int) -> dict[str, int]:
     """Launch options of both kernels for blocks of 16, 32, 64 or 128 rows."""
-    tile = _TILES[tile_family()][block_m]
+    tile = _FLOAT32 if element_size > 2 else _TILES[tile_family()][block_m]
     return {
         "BLOCK_M": block_m,
         "BLOCK_N": tile.block_n,

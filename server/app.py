@@ -4,47 +4,91 @@ It can serve from the first moment: until `ServerState.set_model` is called, and
 draining, `/ready` and the generating routes say 503 and why. It starts and ends nothing.
 """
 
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
 from bezel.engine.errors import BezelError, EngineUnavailable
+from bezel.server.anthropic.routes import count_tokens, create_message
+from bezel.server.auth import ApiKey, read_api_keys
 from bezel.server.completions import create_chat_completion, create_completion
+from bezel.server.config import ServerConfig
 from bezel.server.errors import ClientDisconnected, handle_error, json_response
-from bezel.server.middleware import ApiKey, BodyLimit, RequestContext
+from bezel.server.middleware import BodyLimit, RequestContext
+from bezel.server.openapi import (
+    ANTHROPIC_PLAIN,
+    ANTHROPIC_STREAMED,
+    NOT_THERE,
+    PLAIN,
+    STREAMED,
+    TEXT,
+)
+from bezel.server.responses.routes import create_response
 from bezel.server.state import ServedModel, ServerState, state_of
+from bezel.server.tokenization import detokenize, tokenize
 from bezel.server.version import VERSION
 
 
 def create_app(state: ServerState) -> FastAPI:
-    """Build the app around its state."""
+    """Build the app around its state.
+
+    Raises:
+        ConfigError: the file with API keys can't be used.
+    """
     app = FastAPI(
         title="Bezel",
         version=VERSION,
         redirect_slashes=False,
         middleware=[
             Middleware(RequestContext, metrics=state.metrics),
-            Middleware(ApiKey, keys=state.config.api_key),
+            *_cors(state.config),
+            Middleware(ApiKey, keys=read_api_keys(state.config)),
             Middleware(BodyLimit, max_bytes=state.config.max_body_bytes),
         ],
     )
     app.state.server = state
     for error in (BezelError, ClientDisconnected, HTTPException, RequestValidationError):
         app.add_exception_handler(error, handle_error)
-    app.add_api_route("/v1/chat/completions", create_chat_completion, methods=["POST"])
-    app.add_api_route("/v1/completions", create_completion, methods=["POST"])
-    app.add_api_route("/v1/models", list_models)
-    app.add_api_route("/v1/models/{model_id:path}", show_model)
-    app.add_api_route("/health", health)
-    app.add_api_route("/ready", ready)
-    app.add_api_route("/metrics", metrics)
-    app.add_api_route("/version", version)
+    post = partial(app.add_api_route, methods=["POST"])
+    post("/v1/chat/completions", create_chat_completion, responses=STREAMED)
+    post("/v1/completions", create_completion, responses=STREAMED)
+    post("/v1/responses", create_response, responses=STREAMED)
+    post("/v1/messages", create_message, responses=ANTHROPIC_STREAMED)
+    post("/v1/messages/count_tokens", count_tokens, responses=ANTHROPIC_PLAIN)
+    post("/tokenize", tokenize, responses=PLAIN)
+    post("/detokenize", detokenize, responses=PLAIN)
+    post("/v1/embeddings", refuse_embeddings, status_code=404, responses=NOT_THERE)
+    get = partial(app.add_api_route, methods=["GET"], responses=PLAIN)
+    get("/v1/models", list_models)
+    get("/v1/models/{model_id:path}", show_model)
+    get("/health", health)
+    get("/ready", ready)
+    get("/metrics", metrics, response_class=Response, responses=TEXT)
+    get("/version", version)
     return app
+
+
+def _cors(config: ServerConfig) -> list[Middleware]:
+    """Off unless origins are named. Outside the check of keys: browsers ask first without one."""
+    if not config.allowed_origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_credentials=config.allow_credentials,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after", "x-ignored-params"],
+        )
+    ]
 
 
 async def list_models(request: Request) -> Response:
@@ -69,6 +113,13 @@ def _model_card(name: str, model: ServedModel) -> dict[str, Any]:
         "root": model.checkpoint.name,
         "max_model_len": model.engine.info.max_model_len,
     }
+
+
+async def refuse_embeddings(request: Request) -> Response:
+    """There are none to be had: a causal model's hidden states weren't trained to be compared."""
+    raise HTTPException(
+        404, "This server generates text. For embeddings use an embedding model, such as Gemma's."
+    )
 
 
 async def health(request: Request) -> Response:

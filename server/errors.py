@@ -2,7 +2,8 @@
 
     {"error": {"message": …, "type": …, "param": …, "code": …}}
 
-Used for whole responses and for error events inside a stream alike. Exceptions that aren't
+Used for whole responses and for error events inside a stream alike; under /v1/messages the same
+is told in Anthropic's words. Exceptions that aren't
 in the table are ours: they are logged with their traceback and told as a bare 500.
 """
 
@@ -18,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bezel.engine.errors import BezelError, EngineUnavailable, InvalidRequest, Overloaded
+from bezel.server.request_id import request_id
 
 logger = logging.getLogger("bezel")
 
@@ -36,6 +38,13 @@ class GenerationFailed(BezelError):
     """The engine gave up on a sequence."""
 
 
+class DeadlineExceeded(BezelError):
+    """The answer took longer than the request, or the server, allows."""
+
+    def __init__(self, timeout_s: float) -> None:
+        super().__init__(f"The answer was not finished within {timeout_s:g} s.")
+
+
 class ClientDisconnected(Exception):
     """Nobody is there to read the answer; what was running for it has been aborted."""
 
@@ -51,16 +60,16 @@ class Problem:
     param: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
-    def as_object(self) -> dict[str, Any]:
-        return {
-            "error": {
-                # It may quote half of a surrogate pair, which JSON can spell and UTF-8 can't hold.
-                "message": self.message.encode("utf-8", "replace").decode(),
-                "type": self.type,
-                "param": self.param,
-                "code": self.code,
-            }
-        }
+    def as_object(self, path: str = "") -> dict[str, Any]:
+        """The body, in the form that clients of the route at `path` expect."""
+        # It may quote half of a surrogate pair, which JSON can spell and UTF-8 can't hold.
+        message = self.message.encode("utf-8", "replace").decode()
+        if path.startswith("/v1/messages"):
+            type_ = _ANTHROPIC_TYPES.get(self.status, "api_error")
+            told = {"type": type_, "message": message}
+            return {"type": "error", "error": told, "request_id": request_id.get()}
+        fields = {"message": message, "type": self.type, "param": self.param, "code": self.code}
+        return {"error": fields}
 
 
 _BY_CLASS: dict[type[BezelError], tuple[int, str, str | None]] = {
@@ -69,6 +78,7 @@ _BY_CLASS: dict[type[BezelError], tuple[int, str, str | None]] = {
     Overloaded: (429, "rate_limit_error", "slow_down"),
     EngineUnavailable: (503, "server_error", "server_is_overloaded"),
     GenerationFailed: (500, "server_error", "generation_failed"),
+    DeadlineExceeded: (504, "server_error", "deadline_exceeded"),
 }
 _BY_STATUS: dict[int, str] = {
     400: "invalid_request",
@@ -76,6 +86,18 @@ _BY_STATUS: dict[int, str] = {
     404: "not_found",
     405: "method_not_allowed",
     413: "request_too_large",
+}
+
+
+_ANTHROPIC_TYPES: dict[int, str] = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
 }
 
 
@@ -93,13 +115,17 @@ def problem_of(error: Exception) -> Problem:
         if isinstance(error, BezelError) and cls in _BY_CLASS:
             return _bezel_problem(error, *_BY_CLASS[cls])
     logger.error("unexpected error while serving a request", exc_info=error)
-    return Problem(500, "server_error", "internal_error", "The server made a mistake.")
+    message = f"The server made a mistake; its log has more on request {request_id.get()}."
+    return Problem(500, "server_error", "internal_error", message)
 
 
 def _bezel_problem(error: BezelError, status: int, type_: str, code: str | None) -> Problem:
     if isinstance(error, InvalidRequest):
         return Problem(status, type_, error.code or code, error.message, error.param)
     headers = {}
+    if isinstance(error, DeadlineExceeded):
+        # OpenAI's clients would try twice more, each time for as long.
+        headers["x-should-retry"] = "false"
     if isinstance(error, Overloaded):
         headers["Retry-After"] = str(error.retry_after_s)
     elif isinstance(error, EngineUnavailable):
@@ -136,10 +162,10 @@ def json_response(
     return Response(msgspec.json.encode(content), status, headers, "application/json")
 
 
-def error_response(error: Exception) -> Response:
-    """The whole response that tells the client of an error."""
+def error_response(error: Exception, path: str) -> Response:
+    """The whole response that tells the client of an error on a path."""
     problem = problem_of(error)
-    return json_response(problem.as_object(), problem.status, problem.headers)
+    return json_response(problem.as_object(path), problem.status, problem.headers)
 
 
 async def handle_error(request: Request, error: Exception) -> Response:
@@ -147,4 +173,4 @@ async def handle_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ClientDisconnected):
         # Nobody reads it; the status is for the metrics, as nginx has it.
         return Response(status_code=499)
-    return error_response(error)
+    return error_response(error, request.url.path)

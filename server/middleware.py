@@ -1,14 +1,11 @@
 """What every HTTP request goes through before it is routed, as plain ASGI.
 
-Outermost first: `RequestContext` (request id, metrics, last resort for errors), `ApiKey`,
-`BodyLimit`. None of them buffers anything, so streams and disconnects pass unhindered.
+Outermost first: `RequestContext` (request id, metrics, last resort for errors), CORS if it is
+asked for, `auth.ApiKey`, `BodyLimit`. None of them buffers anything, so streams and disconnects
+pass unhindered.
 """
 
-import re
-import secrets
 import time
-import uuid
-from collections.abc import Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -16,10 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bezel.engine.metrics import Metrics
 from bezel.server.errors import error_response
+from bezel.server.request_id import set_request_id
 
-_PUBLIC_PATHS = frozenset({"/health", "/ready"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_PRINTABLE = re.compile(r"[!-~]{1,128}")
 
 
 class RequestContext:
@@ -34,7 +30,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         started_s = time.monotonic()
-        request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
+        request_id = set_request_id(Headers(scope=scope).get("x-request-id", ""))
         status: int | None = None
 
         async def send_with_id(message: Message) -> None:
@@ -49,14 +45,10 @@ class RequestContext:
         except Exception as error:
             if status is not None:
                 raise
-            await error_response(error)(scope, receive, send_with_id)
+            await error_response(error, scope["path"])(scope, receive, send_with_id)
         finally:
             seconds = time.monotonic() - started_s
             self._metrics.observe_http(_method(scope), _route(scope), status or 500, seconds)
-
-
-def _request_id(given: str) -> str:
-    return given if _PRINTABLE.fullmatch(given) else uuid.uuid4().hex
 
 
 def _method(scope: Scope) -> str:
@@ -67,34 +59,6 @@ def _route(scope: Scope) -> str:
     """The template of the route, never the path: clients must not be able to make up labels."""
     path = getattr(scope.get("route"), "path", None)
     return path if isinstance(path, str) else "unmatched"
-
-
-class ApiKey:
-    """Refuses whoever brings none of the keys; without keys everyone may pass."""
-
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
-        self._app = app
-        self._keys = [key.encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._keys or scope["type"] == "lifespan" or scope["path"] in _PUBLIC_PATHS:
-            await self._app(scope, receive, send)
-            return
-        scheme, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._is_known(token.strip()):
-            await self._app(scope, receive, send)
-            return
-        error = HTTPException(
-            401,
-            "This server wants an API key: Authorization: Bearer <key>.",
-            {"WWW-Authenticate": "Bearer"},
-        )
-        await error_response(error)(scope, receive, send)
-
-    def _is_known(self, token: str) -> bool:
-        # Every key is compared, each in constant time: the time taken tells nothing.
-        matches = [secrets.compare_digest(token.encode("latin-1"), key) for key in self._keys]
-        return any(matches)
 
 
 class BodyLimit:
@@ -110,7 +74,7 @@ class BodyLimit:
             return
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self._max_bytes:
-            await error_response(self._too_large())(scope, receive, send)
+            await error_response(self._too_large(), scope["path"])(scope, receive, send)
             return
         num_bytes = 0
 

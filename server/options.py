@@ -6,6 +6,7 @@ flag, then variable, then default. Reads no environment itself: it is handed a m
 """
 
 import argparse
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from types import NoneType, UnionType
@@ -117,6 +118,8 @@ def _parser(plain_type: type, metadata: Mapping[str, Any]) -> Callable[[str], An
     convert: Callable[[str], Any]
     if metadata.get("type") == "bytes":
         convert = parse_bytes
+    elif metadata.get("type") == "json":
+        convert = _parse_json_object
     else:
         convert = {bool: _parse_bool, int: _parse_int, float: _parse_float}.get(plain_type, str)
 
@@ -160,6 +163,16 @@ def _parse_bool(text: str) -> bool:
     if text.lower() not in _BOOLS:
         raise ValueError(f"{text!r} is not one of 1, 0, true, false")
     return _BOOLS[text.lower()]
+
+
+def _parse_json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise ValueError(f"{text!r} is not a JSON object")
+    return value
 
 
 def _parse_int(text: str) -> int:

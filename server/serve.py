@@ -26,6 +26,7 @@ from bezel.engine.tokenizer import Tokenizer
 from bezel.server.app import create_app
 from bezel.server.config import ServerConfig
 from bezel.server.engine_handle import EngineHandle
+from bezel.server.request_id import RequestIdFilter
 from bezel.server.state import ServedModel, ServerState
 
 logger = logging.getLogger("bezel")
@@ -42,7 +43,7 @@ def serve(config: ServerConfig) -> None:
         ConfigError: the port is in use, or the model can't be loaded.
         EngineUnavailable: the engine process died while loading it.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    _start_logging()
     sock = bind_socket(config.host, config.port)
     state = ServerState(config, Metrics())
     uvicorn_config = uvicorn.Config(
@@ -57,6 +58,13 @@ def serve(config: ServerConfig) -> None:
     )
     with asyncio.Runner(loop_factory=uvicorn_config.get_loop_factory()) as runner:
         runner.run(_run(DrainingServer(uvicorn_config, state), state, sock))
+
+
+def _start_logging() -> None:
+    handler = logging.StreamHandler()
+    handler.addFilter(RequestIdFilter())
+    form = "%(asctime)s %(levelname)s [%(request_id)s] %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, handlers=[handler])
 
 
 def bind_socket(host: str, port: int) -> socket.socket:
@@ -131,6 +139,8 @@ async def _run(server: DrainingServer, state: ServerState, sock: socket.socket) 
         was_loading = loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)
         await engine.shutdown()
+        if state.model is not None:
+            state.model.grammars.close()
     if was_loading:
         # A download in a thread can't be stopped, and Python would wait for it.
         logging.shutdown()

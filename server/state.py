@@ -7,10 +7,10 @@ Everything here belongs to the event loop's thread.
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.requests import Request
 
@@ -19,16 +19,24 @@ from bezel.engine.errors import BezelError, EngineUnavailable
 from bezel.engine.metrics import Metrics
 from bezel.engine.tokenizer import Tokenizer
 from bezel.server.config import ServerConfig
+from bezel.server.control_tokens import ControlTokens
 from bezel.server.engine_handle import EngineHandle
 from bezel.server.errors import ModelNotFound
+from bezel.server.grammars import GrammarChecker
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """A loaded model with everything needed to serve it."""
+    """A loaded model with everything needed to serve it.
+
+    `control` is None for models whose answers are text alone: they neither think nor call tools.
+    """
 
     engine: EngineHandle
     tokenizer: Tokenizer
+    control: ControlTokens | None
+    template_kwargs: Mapping[str, Any]
+    grammars: GrammarChecker
     checkpoint: Checkpoint
     names: tuple[str, ...]
     created: int
@@ -93,7 +101,16 @@ class ServerState:
         """Begin to serve a model whose engine has started."""
         names = self.config.served_model_name or (checkpoint.name,)
         self.metrics.set_model(names[0], engine.info)
-        self.model = ServedModel(engine, tokenizer, checkpoint, names, int(time.time()))
+        self.model = ServedModel(
+            engine=engine,
+            tokenizer=tokenizer,
+            control=ControlTokens.of(tokenizer),
+            template_kwargs=self.config.default_chat_template_kwargs or {},
+            grammars=GrammarChecker(tokenizer),
+            checkpoint=checkpoint,
+            names=names,
+            created=int(time.time()),
+        )
         return self.model
 
     def why_not_ready(self) -> str | None:

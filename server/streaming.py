@@ -5,30 +5,49 @@ connection is alive, with a comment line whenever nothing has come for a while, 
 can only be told as an event.
 """
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from typing import Protocol
 
-import msgspec
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from bezel.server.disconnect import unless_disconnected
-from bezel.server.errors import ClientDisconnected, problem_of
-from bezel.server.generation import Generation, TextRequest, generating
-from bezel.server.responses import Answer
+from bezel.server.errors import ClientDisconnected, Problem, problem_of
+from bezel.server.generation import Delta, Generation, TextRequest, generating
 from bezel.server.state import ServerState
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-_DONE = b"data: [DONE]\n\n"
 # A comment: clients that follow the standard skip it, some stumble over ping events.
 _KEEP_ALIVE = b": keep-alive\n\n"
+
+
+class StreamedAnswer(Protocol):
+    """An answer on its way out, as events of one API."""
+
+    def begin(self) -> Iterator[bytes]:
+        """What comes before anything is generated."""
+
+    def events(self, delta: Delta) -> Iterator[bytes]:
+        """What tells of a delta; nothing, if there is nothing to tell yet."""
+
+    def end(self) -> Iterator[bytes]:
+        """What comes after the last delta."""
+
+    def failed(self, problem: Problem) -> bytes:
+        """What comes instead, if there will be no last delta."""
 
 
 class EventStream(StreamingResponse):
     """A streamed answer. Nothing is generated before it is sent, nor after the client left."""
 
-    def __init__(self, state: ServerState, requests: Sequence[TextRequest], answer: Answer) -> None:
-        super().__init__((), media_type="text/event-stream", headers=_HEADERS)
+    def __init__(
+        self,
+        state: ServerState,
+        requests: Sequence[TextRequest],
+        answer: StreamedAnswer,
+        headers: Mapping[str, str],
+    ) -> None:
+        super().__init__((), media_type="text/event-stream", headers={**_HEADERS, **headers})
         self._state = state
         self._requests = requests
         self._answer = answer
@@ -43,22 +62,21 @@ class EventStream(StreamingResponse):
                 return
 
 
-async def events(generation: Generation, answer: Answer, idle_s: float) -> AsyncIterator[bytes]:
-    """The events of a stream, from the first chunk to [DONE] or an error."""
+async def events(
+    generation: Generation, answer: StreamedAnswer, idle_s: float
+) -> AsyncIterator[bytes]:
+    """The events of a stream, from the first to the last or an error."""
     try:
+        for event in answer.begin():
+            yield event
         async for delta in generation.deltas(idle_s):
             if delta is None:
                 yield _KEEP_ALIVE
                 continue
-            for chunk in answer.chunks(delta):
-                yield _event(chunk)
+            for event in answer.events(delta):
+                yield event
     except Exception as error:
-        yield _event(problem_of(error).as_object())
+        yield answer.failed(problem_of(error))
         return
-    if answer.include_usage:
-        yield _event(answer.usage_chunk())
-    yield _DONE
-
-
-def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+    for event in answer.end():
+        yield event

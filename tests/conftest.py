@@ -15,6 +15,9 @@ from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the engine's end-to-end tests run it")
+    parser.addoption(
+        "--openapi-cases", type=int, default=600, help="how many drawn requests the API must bear"
+    )
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """README, docs and changelog say what the code does: flags, commands, series, versions."""
 
+import ast
 import importlib.util
 import re
 import tomllib
@@ -9,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+from bezel.engine import errors
 from bezel.engine.config import EngineConfig
 from bezel.server.config import ServerConfig
 from bezel.server.options import options_of
@@ -37,6 +39,12 @@ def code_of(page: Path) -> Iterator[str]:
             yield from re.findall(r"`([^`]+)`", line)
 
 
+def all_subclasses(cls: type) -> Iterator[type]:
+    for subclass in cls.__subclasses__():
+        yield subclass
+        yield from all_subclasses(subclass)
+
+
 def test_configuration_page_is_current() -> None:
     script = load_script(ROOT / "docs" / "generate.py")
     written = script.PAGE.read_text(encoding="utf-8")
@@ -50,12 +58,47 @@ def test_configuration_page_has_every_setting() -> None:
     assert rows == [(option.flag, option.variable) for option in options]
 
 
+@pytest.fixture(scope="module")
+def http_api() -> ModuleType:
+    return load_script(ROOT / "docs" / "generate_http_api.py")
+
+
+def test_http_api_page_is_current(http_api: ModuleType) -> None:
+    written = http_api.PAGE.read_text(encoding="utf-8")
+    assert written == http_api.render(written), "stale: run `make docs`"
+
+
+def test_http_api_page_has_every_part(http_api: ModuleType) -> None:
+    written = http_api.PAGE.read_text(encoding="utf-8")
+    parts = [name for _, name, _ in http_api.PART.findall(written)]
+    assert sorted(parts) == sorted(http_api.parts())
+
+
+def test_http_api_page_has_every_error_code(http_api: ModuleType) -> None:
+    """Those that exceptions are made with, anywhere in the server."""
+    codes = set()
+    for path in (ROOT / "server").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "InvalidRequest":
+                given = [*node.args[2:], *(k.value for k in node.keywords if k.arg == "code")]
+                codes |= {arg.value for arg in given if isinstance(arg, ast.Constant)}
+    assert "unsupported_parameter" in codes
+    assert codes <= {getattr(error, "code", None) for error, _ in http_api.ERRORS}
+
+
+def test_http_api_page_has_every_error_a_request_can_raise(http_api: ModuleType) -> None:
+    told = {type(error) for error, _ in http_api.ERRORS}
+    start_up = {errors.ConfigError, errors.CheckpointError}
+    ours = {cls for cls in all_subclasses(errors.BezelError) if cls.__module__.startswith("bezel.")}
+    assert ours - start_up <= told
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_exist(page: Path) -> None:
     known = {option.flag for option in [*options_of(ServerConfig), *options_of(EngineConfig)]}
     known |= {"--no-" + flag.removeprefix("--") for flag in known} | {"--help", "--version"}
     for code in code_of(page):
-        if not code.startswith("docker "):
+        if not code.startswith(("docker ", "make test ")):  # their flags are others'
             assert set(re.findall(r"--[a-z][a-z-]+", code)) <= known, code
 
 

@@ -1,6 +1,7 @@
 """The gate of `make kernels-aot`: reading machine code, judging it, comparing it with a table."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -24,7 +25,7 @@ from aot.machine_code import MachineCode, find_loops, gcn_number, parse_gcn, par
 from aot.occupancy import ARCHITECTURES, blocks_at_once
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_LAUNCHED_BY_THE_ENGINE = {"rms_norm", "block_sums", "logprobs"}
+NOT_LAUNCHED_BY_THE_ENGINE = {"rms_norm"}
 
 
 def sass(*lines: str) -> MachineCode:
@@ -212,6 +213,18 @@ def test_each_rule(change: dict[str, Any], code: MachineCode, fault: str) -> Non
     assert found == [f"decode_attention.attend(BLOCK_N=32; -): {fault}"]
 
 
+def run_compiling(source: str, folder: Path) -> str:
+    """What a script prints in a process whose kernels are compiled, not interpreted."""
+    script = folder / "script.py"
+    script.write_text(source, encoding="utf-8")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(folder), "PYTHONPATH": str(ROOT / "benchmarks")}
+    command = [sys.executable, str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 BAD_KERNELS = """
 import sys
 import torch, triton, triton.language as tl
@@ -247,14 +260,8 @@ launch("sm_89", 128, 128, 256, 4096, 8)
 
 def test_faults_of_kernels_that_are_really_bad(tmp_path: Path) -> None:
     """Too large a tile, rows that 16 doesn't divide, too much shared memory."""
-    script = tmp_path / "bad_kernels.py"
-    script.write_text(BAD_KERNELS, encoding="utf-8")
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT / "benchmarks")}
-    command = [sys.executable, str(script)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    fine, spilled, narrow, shared = done.stdout.splitlines()
+    output = run_compiling(BAD_KERNELS, tmp_path)
+    fine, spilled, narrow, shared = output.splitlines()
     assert fine == "fine"
     assert "loads and stores of spilled registers in its inner loop" in spilled
     assert narrow.endswith("64 of 64 loads in its inner loop are narrow")
@@ -312,6 +319,55 @@ def test_the_committed_table_has_every_kernel_that_is_launched() -> None:
     rows = gate.read_table(gate.TABLE.read_text(encoding="utf-8"))
     names = {name.removeprefix("_").removesuffix("_kernel") for name in launched}
     assert names - {row.kernel.split(".")[1] for row in rows} == NOT_LAUNCHED_BY_THE_ENGINE
+
+
+FLOAT32_LAUNCHES = """
+import json
+from triton import knobs
+from aot.driver import compiling_for, multiplies
+from aot.launches import launch_in_float32
+
+for architecture in ("sm_80", "sm_89", "sm_90", "sm_100"):
+    launches = set()
+
+    def note(*, fn, compile, **_):
+        function = fn.jit_function
+        if multiplies(function):
+            module, name = fn.module.rpartition(".")[2], fn.name.removeprefix("_")
+            kernel = f"{module}.{name.removesuffix('_kernel')}"
+            names = function.arg_names
+            constants = {names[i]: value for (i,), value in compile["constants"].items()}
+            options = {"warps": compile["num_warps"], "stages": compile["num_stages"]}
+            launches.add(json.dumps([kernel, constants | options]))
+        return True  # which keeps it from being compiled
+
+    with compiling_for(architecture) as driver:
+        knobs.runtime.jit_cache_hook = note
+        failures = launch_in_float32(driver)
+    print(json.dumps([sorted(launches), failures]))
+"""
+
+
+def test_float32_has_every_width_and_one_tile_for_all_of_nvidias(tmp_path: Path) -> None:
+    """Which is why three models on one of these architectures tell enough."""
+    first, *others = run_compiling(FLOAT32_LAUNCHES, tmp_path).splitlines()
+    assert set(others) == {first}
+    launches, failures = json.loads(first)
+    assert failures == []
+
+    def widths(kernel: str, constants: dict[str, Any]) -> tuple[str, ...]:
+        names = ("VALUE_DIM", "HEAD_DIM", "TURNED", "NUM_TURNED")
+        return (kernel, *(f"{name}={constants[name]}" for name in names if name in constants))
+
+    in_float32 = [json.loads(launch) for launch in launches]
+    rows = [row for row in gate.read_table(gate.TABLE.read_text(encoding="utf-8")) if row.mma]
+    in_table = [(row.kernel, dict(x.split("=") for x in row.constants.split())) for row in rows]
+    assert {widths(*launch) for launch in in_float32} == {widths(*launch) for launch in in_table}
+    heights = [
+        {int(constants["BLOCK_M"]) for kernel, constants in some if kernel.startswith("moe")}
+        for some in (in_float32, in_table)
+    ]
+    assert [(min(some), max(some)) for some in heights] == [(16, 128), (16, 128)]
 
 
 def test_models_are_those_of_the_published_configs() -> None:

@@ -24,6 +24,8 @@ from triton.runtime.jit import JITFunction
 from bezel.kernels.jit import triton_on_cpu
 
 COMPILE_ALL = ("sm_90", "gfx942")  # on other architectures, what multiplies matrices
+# NVIDIA's all have the same tiles in float32, and none has less memory than Ada.
+COMPILE_FLOAT32 = ("sm_89", "sm_90", "gfx942")
 
 
 @dataclass
@@ -64,7 +66,7 @@ class CompilingDriver:
 
     def is_left_out(self, *, fn: Any, **_: Any) -> bool:
         """Triton's hook before it compiles: whether it should not, nor launch."""
-        return self.architecture not in COMPILE_ALL and not _multiplies(fn.jit_function)
+        return self.architecture not in COMPILE_ALL and not multiplies(fn.jit_function)
 
     def keep(self, *, src: Any, metadata: Any, metadata_group: Any, **_: Any) -> None:
         """Triton's listener, called with every kernel that it has compiled."""
@@ -93,9 +95,9 @@ def compiling_for(architecture: str) -> Iterator[CompilingDriver]:
         yield driver
 
 
-def _multiplies(function: JITFunction) -> bool:
+def multiplies(function: JITFunction) -> bool:
     """Whether a kernel, or a function that it calls, has a product of matrices."""
     if "tl.dot(" in function.src:
         return True
     known = [function.fn.__globals__.get(name) for name in function.fn.__code__.co_names]
-    return any(isinstance(callee, JITFunction) and _multiplies(callee) for callee in known)
+    return any(isinstance(callee, JITFunction) and multiplies(callee) for callee in known)

@@ -7,12 +7,15 @@ constants, is thus the engine's own doing and not a list that somebody keeps.
 Sizes are chosen so that each specialisation occurs: a number that is 1, that 16 divides, and
 neither, and for the experts every range of tokens that has tiles of its own. Checking several
 drafted tokens of a sequence is part of it before the engine has learnt to draft.
+
+float32 is for comparisons, not for speed. Its launches are just enough to show that its tiles fit:
+every width of heads, decoding and prefill, the smallest and the largest tile of the experts.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from aot.driver import CompilingDriver
@@ -24,27 +27,28 @@ from bezel.engine.kv_cache import KVCache
 from bezel.engine.kv_layout import KVLayout
 from bezel.engine.model_config import ModelConfig
 from bezel.engine.models.registry import build_model
-from bezel.engine.page_tables import PageTables
 from bezel.engine.sampler import Sampler
-from bezel.engine.sampling_params import SamplingParams
-from bezel.engine.sequence import Sequence
+from bezel.engine.warm_up import compute_once, warm_up_sampling
 
 META = torch.device("meta")
-DTYPE = torch.bfloat16
 ARENA_BYTES = 16 << 30  # more than 4 GiB, as on any GPU: AMD's compiler asks
 MAX_MODEL_LEN = 32_768
 PAGE_SIZE = 16
 
-DECODE_SIZES = [1, 4, 16, 64, 128]
-VERIFY_LENGTHS = [4, 8]  # tokens of a sequence whose drafted continuation is checked
-CHUNK_SIZES = [17, 512, 4096]
-DRAWS = [
-    SamplingParams(max_tokens=1, temperature=0.0),
-    SamplingParams(max_tokens=1),
-    SamplingParams(max_tokens=1, min_p=0.1),
-    SamplingParams(max_tokens=1, top_k=64, logit_bias={1: 1.0}),
-    SamplingParams(max_tokens=1, top_p=0.9),
-]
+
+class Sizes(NamedTuple):
+    """Of the steps: sequences that decode, tokens of one whose drafted continuation is checked, and
+    tokens of a chunk."""
+
+    decode: list[int]
+    verify: list[int]
+    chunk: list[int]
+
+
+SIZES = Sizes(decode=[1, 4, 16, 64, 128], verify=[4, 8], chunk=[17, 512, 4096])
+FLOAT32_SIZES = Sizes(decode=[1], verify=[], chunk=[4096])
+# Heads 256 and 512 wide, the latter with keys apart and packed with values; the last has experts.
+FLOAT32_MODELS = ["270M", "E2B", "26B-A4B"]
 
 # What config.json says of a model, other than ModelConfig's defaults.
 _PHONE = {
@@ -125,50 +129,58 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-@torch.inference_mode()
 def launch_everything(driver: CompilingDriver) -> list[str]:
     """Compile all that the models launch; which steps of which models failed, and why."""
+    return _launch(driver, list(CONFIGS), torch.bfloat16, SIZES)
+
+
+def launch_in_float32(driver: CompilingDriver) -> list[str]:
+    """The same for float32, of which it is enough to know that it fits."""
+    return _launch(driver, FLOAT32_MODELS, torch.float32, FLOAT32_SIZES)
+
+
+@torch.inference_mode()
+def _launch(
+    driver: CompilingDriver, models: list[str], dtype: torch.dtype, sizes: Sizes
+) -> list[str]:
     failures = []
-    for model, config in CONFIGS.items():
-        for step, compute in _steps(ModelConfig.from_hf(config)):
+    for model in models:
+        for step, compute in _steps(ModelConfig.from_hf(CONFIGS[model]), dtype, sizes):
             driver.user = (model, step)
             try:
                 compute()
             except Exception as error:
                 reason = str(error).strip().splitlines()[-1]
-                failures.append(f"{model}, {step}: {reason}")
+                failures.append(f"{model}, {dtype}, {step}: {reason}")
     return failures
 
 
-def _steps(config: ModelConfig) -> Iterator[tuple[str, Callable[[], object]]]:
-    model = build_model(config, DTYPE, META)
+def _steps(
+    config: ModelConfig, dtype: torch.dtype, sizes: Sizes
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    model = build_model(config, dtype, META)
     model.after_loading()
-    layout = KVLayout.for_model(config, DTYPE.itemsize, PAGE_SIZE)
-    kv_cache = KVCache(config, layout, ARENA_BYTES, DTYPE, META)
+    layout = KVLayout.for_model(config, dtype.itemsize, PAGE_SIZE)
+    kv_cache = KVCache(config, layout, ARENA_BYTES, dtype, META)
 
     def forward(batch: Batch) -> Tensor:
         hidden_TD: Tensor = model(batch, kv_cache)
-        logits_NV: Tensor = model.compute_logits(hidden_TD[: DECODE_SIZES[-1]])
+        logits_NV: Tensor = model.compute_logits(hidden_TD[: sizes.decode[-1]])
         return logits_NV
 
     yield (
         "decode",
         lambda: DecodeGraphs(
-            forward, layout, DECODE_SIZES, MAX_MODEL_LEN, META, capture=_compute_once
+            forward, layout, sizes.decode, MAX_MODEL_LEN, META, capture=compute_once
         ),
     )
-    for q_len in VERIFY_LENGTHS:
+    for q_len in sizes.verify:
         yield f"verify-{q_len}", partial(forward, _decodes(layout, 4, q_len))
-    for num_tokens in CHUNK_SIZES:
+    for num_tokens in sizes.chunk:
         yield "prefill", partial(forward, Batch.idle_chunk(num_tokens, layout, META))
-    yield "mixed", partial(forward, _decodes_and_chunk(layout, 3, CHUNK_SIZES[0]))
-    yield "sample", partial(_sample, layout, config.vocab_size)
-
-
-def _compute_once(compute: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """In place of recording a graph."""
-    compute()
-    return compute
+    yield "mixed", partial(forward, _decodes_and_chunk(layout, 3, sizes.chunk[0]))
+    sampler = Sampler([], config.vocab_size)
+    yield "sample", partial(warm_up_sampling, sampler, layout, config.vocab_size, META)
 
 
 def _decodes(layout: KVLayout, num_seqs: int, q_len: int) -> Batch:
@@ -190,17 +202,6 @@ def _decodes_and_chunk(layout: KVLayout, num_decodes: int, num_tokens: int) -> B
         cu_seqlens_q_C1=_ints(2),
         max_q_len=num_tokens,
     )
-
-
-def _sample(layout: KVLayout, vocab_size: int) -> None:
-    sampler = Sampler([], vocab_size)
-    for params in (DRAWS, *([draw] for draw in DRAWS)):
-        logits_NV = torch.empty(len(params), vocab_size, device=META)
-        sampler.sample(logits_NV, [_sequence(draw, layout) for draw in params])
-
-
-def _sequence(params: SamplingParams, layout: KVLayout) -> Sequence:
-    return Sequence("", [1], params, 0, frozenset(), PageTables(layout))
 
 
 def _ints(*shape: int) -> Tensor:

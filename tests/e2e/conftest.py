@@ -1,12 +1,14 @@
 """Tiny random checkpoints of every Gemma shape, saved by transformers, with its greedy answers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gemma4_checkpoint import write_gemma4_checkpoint
+from server_process import Server, running
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -184,3 +186,12 @@ def _greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
             pad_token_id=0,
         )
     return output[0, len(prompt) :].tolist()
+
+
+@pytest.fixture(scope="session")
+def gemma4_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A real server of a tiny random Gemma 4, called `tiny-gemma-4`."""
+    folder = tmp_path_factory.mktemp("gemma4")
+    write_gemma4_checkpoint(folder / "tiny-gemma-4")
+    with running(folder, str(folder / "tiny-gemma-4")) as server:
+        yield server

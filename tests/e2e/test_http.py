@@ -7,104 +7,29 @@ import os
 import random
 import re
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
-from openai import OpenAI
+import torch
+from server_process import Server, resident_kib, running, start
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+from bezel.engine.checkpoint import iterate_tensors, resolve_checkpoint
 
 pytestmark = pytest.mark.weights
 
-BEZEL = Path(sys.executable).parent / "bezel"
 MODEL = "gemma-3-270m"
-START_TIMEOUT_S = 120
-SETTLE_TIMEOUT_S = 60
-
-
-@dataclass
-class Server:
-    """A running `bezel serve`."""
-
-    process: "subprocess.Popen[bytes]"
-    port: int
-    log: Path
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    @property
-    def client(self) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=300)
-
-    @property
-    def engine_pid(self) -> int:
-        """The child that runs the model; the other one only tracks shared resources."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return max(map(int, children), key=resident_kib)
-
-    def metric(self, pattern: str) -> float:
-        """Sum of the samples whose name and labels match."""
-        lines = httpx.get(f"{self.url}/metrics", timeout=30).text.splitlines()
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if re.match(pattern, line))
-
-    def wait_ready(self) -> None:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            assert self.process.poll() is None, self.log.read_text()
-            try:
-                if httpx.get(f"{self.url}/ready", timeout=5).status_code == 200:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        raise AssertionError(f"not ready in {START_TIMEOUT_S} s: {self.log.read_text()}")
-
-    def wait_idle(self) -> None:
-        """Until nothing runs and no page is held, which must come to pass by itself."""
-        deadline = time.monotonic() + SETTLE_TIMEOUT_S
-        busy = r"bezel_(num_requests_(running|waiting)|kv_pages_used)\{"
-        while time.monotonic() < deadline:
-            if self.metric(busy) == 0:
-                return
-            time.sleep(0.1)
-        raise AssertionError(f"still {self.metric(busy)} sequences and pages in use")
-
-
-def resident_kib(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(r"VmRSS:\s+(\d+)", status)
-    return int(found[1]) if found else 0
-
-
-def start(folder: Path, *flags: str) -> Server:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    log = folder / "server.log"
-    command = [str(BEZEL), "serve", "--port", str(port), "--kv-cache-memory-bytes", "1G", *flags]
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
-    return Server(process, port, log)
+# The server computes in bfloat16 here, the reference in float32.
+LOGPROBS_ATOL = 0.25
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    running = start(tmp_path_factory.mktemp("server"))
-    try:
-        running.wait_ready()
-        yield running
-    finally:
-        running.process.terminate()
-        assert running.process.wait(60) == 0
+    with running(tmp_path_factory.mktemp("server")) as server:
+        yield server
 
 
 def test_chat_streamed_and_not(server: Server) -> None:
@@ -126,6 +51,55 @@ def test_chat_streamed_and_not(server: Server) -> None:
     assert re.search(r"[a-z]{3}", text), "real text, not noise"
     assert chunks[-1].usage == whole.usage
     assert server.client.models.list().data[0].id == MODEL
+
+
+@pytest.fixture(scope="module")
+def reference() -> Gemma3ForCausalLM:
+    """transformers' model, filled with the same dequantised tensors."""
+    checkpoint = resolve_checkpoint("default")
+    config = Gemma3TextConfig(**checkpoint.config)
+    model = Gemma3ForCausalLM._from_config(config, dtype=torch.float32)
+    model.load_state_dict(dict(iterate_tensors(checkpoint)), strict=False)
+    model.tie_weights()
+    return model.eval()
+
+
+def test_logprobs_equal_transformers(server: Server, reference: Gemma3ForCausalLM) -> None:
+    """Of two choices, with the prompt echoed: the text, and the likelihood of every token."""
+    prompt = "Water boils at 100 °C, and the capital of France is"
+    answer = server.client.completions.create(
+        model=MODEL,
+        prompt=prompt,
+        n=2,
+        echo=True,
+        logprobs=3,
+        max_tokens=6,
+        temperature=0,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    ).model_dump()
+    first, second = answer["choices"]
+    assert first["token_ids"] == second["token_ids"]
+    assert first["text"].startswith(prompt)
+    ids = first["prompt_token_ids"] + first["token_ids"]
+    with torch.inference_mode():
+        logits_LV = reference(torch.tensor([ids]), use_cache=False).logits[0]
+    expected_LV = logits_LV.log_softmax(-1)[:-1]
+    for choice in (first, second):
+        told = choice["logprobs"]
+        assert told["token_logprobs"][0] is None
+        drawn_L = expected_LV.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+        torch.testing.assert_close(
+            torch.tensor(told["token_logprobs"][1:]), drawn_L, atol=LOGPROBS_ATOL, rtol=0
+        )
+        best_L = torch.tensor([max(top.values()) for top in told["top_logprobs"][1:]])
+        torch.testing.assert_close(best_L, expected_LV.amax(-1), atol=LOGPROBS_ATOL, rtol=0)
+        assert told["token_logprobs"][-6:] == best_L[-6:].tolist(), "greedy"
+        spans = itertools.pairwise([*told["text_offset"], len(choice["text"])])
+        texts = [choice["text"][start:end] for start, end in spans]
+        assert texts == ["", *told["tokens"][1:]]
+    usage = answer["usage"]
+    assert usage["prompt_tokens"] == len(first["prompt_token_ids"])
+    assert usage["completion_tokens"] == 2 * 6
 
 
 def test_64_streams_at_once_are_complete_and_unmixed(server: Server) -> None:

@@ -5,12 +5,15 @@ Nothing here waits for time to pass: engine and client are driven by events.
 
 import asyncio
 import json
+import math
 import os
+import re
 import signal
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -20,7 +23,13 @@ from fastapi import FastAPI
 
 from bezel.engine.checkpoint import Checkpoint
 from bezel.engine.errors import InvalidRequest
-from bezel.engine.messages import AddSequence, EngineInfo, FinishReason, SequenceOutput
+from bezel.engine.messages import (
+    AddSequence,
+    EngineInfo,
+    FinishReason,
+    SequenceOutput,
+    TokenLogprobs,
+)
 from bezel.engine.metrics import Metrics
 from bezel.engine.sampling_params import SamplingParams
 from bezel.server.app import create_app
@@ -28,18 +37,47 @@ from bezel.server.config import ServerConfig
 from bezel.server.state import ServerState
 
 BOS, EOS = 256, 257
+SPECIAL = {BOS: "<bos>", EOS: "<eos>"}
+# Gemma 4's, after the bytes.
+CONTROL = dict(
+    enumerate(
+        (
+            *("<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>', "<|turn>"),
+            *("<turn|>", "<|tool>", "<tool|>", "<|tool_response>", "<tool_response|>", "<|think|>"),
+        ),
+        start=258,
+    )
+)
 
 
 class ByteTokenizer:
-    """Token ids are bytes; those of ASCII are characters, the others parts of characters."""
+    """Token ids are bytes; those of ASCII are characters, the others parts of characters.
 
-    vocab_size = 258
+    With `control` there are Gemma 4's control tokens too.
+    """
+
     bos_token_id = BOS
-    special_token_ids = frozenset({BOS, EOS})
-    byte_token_ids = frozenset(range(128, 256))
+    byte_tokens: Mapping[int, int] = {byte: byte for byte in range(128, 256)}
+    byte_token_ids = frozenset(byte_tokens)
 
-    def __init__(self) -> None:
+    def __init__(self, control: Mapping[int, str] = MappingProxyType({})) -> None:
+        self._special = SPECIAL | dict(control)
+        self.vocab_size = 256 + len(self._special)
+        self.special_token_ids = frozenset(self._special)
+        self.renders_tools = bool(control)
         self.template_kwargs: Mapping[str, Any] | None = None
+
+    def token_id(self, text: str) -> int | None:
+        return next((i for i, name in self._special.items() if name == text), None)
+
+    def ids(self, text: str) -> list[int]:
+        """The tokens of an output in which control tokens are spelled out."""
+        ids: list[int] = []
+        names = "|".join(map(re.escape, self._special.values()))
+        for piece in re.split(f"({names})", text):
+            token_id = self.token_id(piece)
+            ids += list(piece.encode()) if token_id is None else [token_id]
+        return ids
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         try:
@@ -49,9 +87,8 @@ class ByteTokenizer:
         return [BOS, *ids] if add_special_tokens else ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        special = {BOS: b"<bos>", EOS: b"<eos>"}
         pieces = [
-            b"" if skip_special_tokens and i in special else special.get(i) or bytes([i])
+            bytes([i]) if i < 256 else b"" if skip_special_tokens else self._special[i].encode()
             for i in token_ids
         ]
         return b"".join(pieces).decode(errors="replace")
@@ -60,15 +97,23 @@ class ByteTokenizer:
         self,
         messages: list[dict[str, Any]],
         *,
+        tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[int]:
-        assert add_generation_prompt
         self.template_kwargs = template_kwargs
         if messages[0]["role"] == "assistant":
             raise InvalidRequest("The assistant can't begin.", param="messages")
         text = "".join(f"{message['role']}:{message['content']}\n" for message in messages)
-        return self.encode(text + "assistant:")
+        return self.encode(text + "assistant:" * add_generation_prompt)
+
+
+def entry(token_id: int, num_top: int, num_tokens: int = 256) -> TokenLogprobs:
+    """Log-probabilities as the fake engine tells them; those of "~" can't be told in JSON."""
+    tops = [(token_id + i) % num_tokens for i in range(num_top)]
+    logprob = -math.inf if token_id == ord("~") else -token_id / 64
+    return TokenLogprobs(logprob, tops, [logprob - i for i in range(num_top)])
 
 
 @dataclass
@@ -76,11 +121,13 @@ class FakeEngine:
     """Plays a script for every sequence, and notes how each of them ended.
 
     A script is a list of token ids to output together, events to wait for, exceptions to raise
-    and reasons to finish with, alone or together with the last token ids.
+    and reasons to finish with, alone or together with the last token ids. `scripts` are those of
+    the first sequences.
     """
 
     info: EngineInfo
     script: list[Any] = field(default_factory=list)
+    scripts: list[list[Any]] = field(default_factory=list)
     scripts_by_prompt: dict[tuple[int, ...], list[Any]] = field(default_factory=dict)
     refusal: Exception | None = None
     is_ready: bool = True
@@ -114,8 +161,13 @@ class FakeEngine:
         self.requests.append((prompt_ids, params))
         self.request_ids.append(request_id)
         self.begun.set()
+        script = self.scripts_by_prompt.get(tuple(prompt_ids), self.script)
+        if len(self.requests) <= len(self.scripts):
+            script = self.scripts[len(self.requests) - 1]
         try:
-            for item in self.scripts_by_prompt.get(tuple(prompt_ids), self.script):
+            for output in self._prompt_logprobs(request_id, prompt_ids, params):
+                yield output
+            for item in script:
                 if isinstance(item, asyncio.Event):
                     await item.wait()
                     continue
@@ -130,13 +182,44 @@ class FakeEngine:
                     ids, reason = [], item
                 if reason is not None:
                     self.ended[request_id] = reason
-                yield SequenceOutput(request_id=request_id, token_ids=ids, finish_reason=reason)
+                num_top = params.logprobs
+                yield SequenceOutput(
+                    request_id=request_id,
+                    token_ids=ids,
+                    finish_reason=reason,
+                    logprobs=[] if num_top is None else [entry(i, num_top) for i in ids],
+                )
         finally:
             if self.ended.setdefault(request_id, FinishReason.ABORT) is FinishReason.ABORT:
                 self.on_abort()
 
+    def _prompt_logprobs(
+        self, request_id: str, prompt_ids: list[int], params: SamplingParams
+    ) -> Iterator[SequenceOutput]:
+        """In pieces of three, as the chunks of a long prompt would bring them."""
+        if params.prompt_logprobs is None:
+            return
+        entries = [entry(token_id, params.prompt_logprobs) for token_id in prompt_ids[1:]]
+        for i in range(0, len(entries), 3):
+            yield SequenceOutput(
+                request_id=request_id, token_ids=[], prompt_logprobs=entries[i : i + 3]
+            )
+
     def finish(self, request_id: str, reason: FinishReason) -> None:
         self.ended[request_id] = reason
+
+
+class FakeGrammars:
+    """Takes every grammar, or none."""
+
+    def __init__(self) -> None:
+        self.checked: list[str] = []
+        self.refuses = False
+
+    async def check(self, grammar: str) -> None:
+        if self.refuses:
+            raise InvalidRequest("The grammar is too large.")
+        self.checked.append(grammar)
 
 
 class Connection:
@@ -206,6 +289,14 @@ def _patience() -> Iterator[None]:
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.fixture(autouse=True)
+def grammars(monkeypatch: pytest.MonkeyPatch) -> FakeGrammars:
+    """In place of the checker, which would need a real vocabulary."""
+    fake = FakeGrammars()
+    monkeypatch.setattr("bezel.server.state.GrammarChecker", lambda *_: fake)
+    return fake
+
+
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
@@ -245,6 +336,29 @@ def tokenizer() -> ByteTokenizer:
 
 
 @pytest.fixture(scope="session")
+def gemma4_tokenizer() -> ByteTokenizer:
+    """One with the control tokens of thoughts and tools."""
+    return ByteTokenizer(CONTROL)
+
+
+@pytest.fixture
+def gemma4_app(engine: FakeEngine, gemma4_tokenizer: ByteTokenizer, new_app: Any) -> FastAPI:
+    """An app whose model thinks and calls tools."""
+    stops = [EOS, *map(gemma4_tokenizer.token_id, ("<turn|>", "<|tool_response>"))]
+    engine.info = msgspec.structs.replace(
+        engine.info, vocab_size=gemma4_tokenizer.vocab_size, eos_token_ids=stops
+    )
+    app: FastAPI = new_app(engine, gemma4_tokenizer)
+    return app
+
+
+@pytest.fixture
+async def gemma4_client(gemma4_app: FastAPI, client_for: Any) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_for(gemma4_app) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
 def checkpoint() -> Checkpoint:
     return Checkpoint(Path("tiny"), "safetensors", "tiny", {}, {})
 
@@ -274,12 +388,12 @@ def app(state: ServerState) -> FastAPI:
 
 
 @pytest.fixture(scope="session")
-def new_app(checkpoint: Checkpoint) -> Callable[[FakeEngine], FastAPI]:
+def new_app(checkpoint: Checkpoint) -> Callable[..., FastAPI]:
     """Make a further app, around an engine."""
 
-    def make(engine: FakeEngine) -> FastAPI:
+    def make(engine: FakeEngine, tokenizer: ByteTokenizer | None = None) -> FastAPI:
         state = ServerState(ServerConfig(), Metrics())
-        state.set_model(engine, ByteTokenizer(), checkpoint)
+        state.set_model(engine, tokenizer or ByteTokenizer(), checkpoint)
         return create_app(state)
 
     return make

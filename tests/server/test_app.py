@@ -160,10 +160,11 @@ async def test_our_own_mistakes_are_error_objects(
     client: httpx.AsyncClient, engine: Any, chat: Any, caplog: Any
 ) -> None:
     engine.script = [ZeroDivisionError("secret")]
-    response = await client.post("/v1/chat/completions", json=chat())
+    headers = {"x-request-id": "of-mine"}
+    response = await client.post("/v1/chat/completions", json=chat(), headers=headers)
     assert response.status_code == 500
     assert response.json()["error"] == {
-        "message": "The server made a mistake.",
+        "message": "The server made a mistake; its log has more on request of-mine.",
         "type": "server_error",
         "param": None,
         "code": "internal_error",

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -45,6 +46,7 @@ async def test_chat_answer(client: httpx.AsyncClient, engine: Any, chat: Any) ->
             "completion_tokens": 7,
             "total_tokens": 1 + len(prompt) + 7,
             "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }
     assert engine.requests[0][0] == [256, *prompt.encode()]
@@ -65,6 +67,7 @@ async def test_completion_answer(client: httpx.AsyncClient, engine: Any, complet
             "completion_tokens": 5,
             "total_tokens": 8,
             "prompt_tokens_details": {"cached_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 0},
         },
     }
 
@@ -138,12 +141,17 @@ async def test_parameters_reach_the_engine(
         "seed": 42,
         "stop_token_ids": [13],
         "ignore_eos": True,
+        "priority": -3,
+        "logprobs": True,
+        "top_logprobs": 4,
+        "prompt_logprobs": 2,
     }
     assert (await client.post(CHAT, json=chat(**fields))).status_code == 200
     params = engine.requests[0][1]
     assert params.max_tokens == 7
     assert params.logit_bias == {65: -100.0, 66: 1.5}
     assert params.stop_token_ids == (13,)
+    assert (params.logprobs, params.prompt_logprobs, params.priority) == (4, 2, -3)
     for name in ("min_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos"):
         assert getattr(params, name) == fields[name]
     for name in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
@@ -159,11 +167,15 @@ async def test_template_kwargs_reach_the_template(
     assert tokenizer.template_kwargs == kwargs
 
 
-async def test_null_means_not_given(client: httpx.AsyncClient, engine: Any, chat: Any) -> None:
+async def test_null_means_not_given(
+    client: httpx.AsyncClient, engine: Any, chat: Any, completion: Any
+) -> None:
     engine.say("x")
-    names = ["temperature", "top_p", "n", "stop", "seed", "tools", "logit_bias", "max_tokens"]
-    names += ["stream", "stream_options", "response_format", "logprobs", "ignore_eos", "user"]
-    response = await client.post(CHAT, json=chat(**dict.fromkeys(names)))
+    names = {*ChatCompletionRequest.model_fields, "user", "suffix", "functions", "nobody_knows"}
+    response = await client.post(CHAT, json=dict.fromkeys(names) | chat())
+    assert response.status_code == 200
+    names = {*CompletionRequest.model_fields, "user", "suffix", "nobody_knows"}
+    response = await client.post(COMPLETIONS, json=dict.fromkeys(names) | completion())
     assert response.status_code == 200
 
 
@@ -203,11 +215,22 @@ async def test_null_means_not_given(client: httpx.AsyncClient, engine: Any, chat
         ({"stop_token_ids": [258]}, "stop_token_ids", None),
         ({"stream_options": {"include_usage": True}}, "stream_options", None),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages", None),
-        ({"n": 2}, "n", "unsupported_parameter"),
-        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-        ({"tool_choice": "required"}, "tool_choice", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"n": 0}, "n", None),
+        ({"n": 129}, "n", None),
+        ({"n": "two"}, "n", None),
+        ({"logprobs": 5}, "logprobs", None),
+        ({"top_logprobs": 2}, "top_logprobs", None),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", None),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs", None),
+        ({"prompt_logprobs": 21}, "prompt_logprobs", None),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens", None),
+        ({"truncate_prompt_tokens": 101}, "truncate_prompt_tokens", None),
+        ({"thinking_token_budget": -2}, "thinking_token_budget", None),
+        ({"reasoning_effort": "heroic"}, "reasoning_effort", None),
+        ({"priority": 2**70}, "priority", None),
+        ({"echo": True}, "echo", "unsupported_parameter"),
+        ({"functions": [{"name": "f"}]}, "functions", "unsupported_parameter"),
+        ({"modalities": ["audio"]}, "modalities", "unsupported_parameter"),
     ],
     ids=str,
 )
@@ -250,10 +273,16 @@ async def test_bad_chat_requests(
         ({"prompt": [2**70]}, "prompt"),
         ({"prompt": "x" * 100}, "prompt"),
         ({"prompt": ["x", "x" * 100]}, "prompt"),
-        ({"echo": True}, "echo"),
         ({"suffix": "end"}, "suffix"),
         ({"best_of": 2}, "best_of"),
-        ({"logprobs": 0}, "logprobs"),
+        ({"best_of": 1, "n": 2}, "best_of"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": -1}, "logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"echo": True, "max_tokens": -1}, "max_tokens"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"prompt": ["x"] * 10, "n": 116}, "n"),
+        ({"prompt": ["x"] * 1153}, "prompt"),
     ],
     ids=str,
 )
@@ -272,34 +301,38 @@ JSON = st.recursive(
     max_leaves=5,
 )
 FIELDS = sorted(
-    {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, "tools", "n", "unknown"}
+    {*ChatCompletionRequest.model_fields, *CompletionRequest.model_fields, "suffix", "unknown"}
     - {"model"}
 )
 
 
-@settings(max_examples=200, deadline=None)
-@given(fields=st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=3))
-def test_no_input_is_our_mistake(
-    new_engine: Any, new_app: Any, client_for: Any, fields: dict[str, Any]
-) -> None:
-    async def ask() -> list[httpx.Response]:
-        engine = new_engine()
-        engine.say("x")
+def test_no_input_is_our_mistake(app: FastAPI, engine: Any, client_for: Any) -> None:
+    engine.say("x")
+    headers = {"content-type": "application/json"}
+
+    async def ask(fields: dict[str, Any]) -> list[httpx.Response]:
         bodies = {
             CHAT: {"model": "tiny", "messages": [{"role": "user", "content": "hi"}]} | fields,
             COMPLETIONS: {"model": "tiny", "prompt": "hi"} | fields,
         }
-        headers = {"content-type": "application/json"}
-        async with client_for(new_app(engine)) as client:
+        async with client_for(app) as client:
             return [
                 await client.post(path, content=json.dumps(body), headers=headers)
                 for path, body in bodies.items()
             ]
 
-    for response in asyncio.run(ask()):
-        assert response.status_code in (200, 400)
-        if response.status_code == 400:
-            assert response.json()["error"]["type"] == "invalid_request_error"
+    @settings(max_examples=200, deadline=None)
+    @given(fields=st.dictionaries(st.sampled_from(FIELDS), JSON, min_size=1, max_size=3))
+    def check(fields: dict[str, Any]) -> None:
+        for response in asyncio.run(ask(fields)):
+            if response.status_code == 504:
+                assert 0 < fields["timeout"] < 1
+                continue
+            assert response.status_code in (200, 400)
+            if response.status_code == 400:
+                assert response.json()["error"]["type"] == "invalid_request_error"
+
+    check()
 
 
 async def test_context_length_message(client: httpx.AsyncClient, completion: Any) -> None:

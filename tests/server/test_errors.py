@@ -61,7 +61,7 @@ def test_others_are_logged_and_hidden(error: Exception, caplog: Any) -> None:
 
 
 def test_half_a_surrogate_pair_can_be_told_of() -> None:
-    body = json.loads(bytes(error_response(ModelNotFound("\ud800")).body))
+    body = json.loads(bytes(error_response(ModelNotFound("\ud800"), "/v1/models").body))
     assert body["error"]["code"] == "model_not_found"
 
 

@@ -11,23 +11,32 @@ from bezel.engine.messages import FinishReason
 from bezel.engine.sampling_params import SamplingParams
 from bezel.server.errors import GenerationFailed
 from bezel.server.generation import TextRequest, generating
+from bezel.server.parser import TextParser
 from bezel.server.state import ServerState
 
 pytestmark = pytest.mark.anyio
 
 
 @pytest.fixture
-def request_for() -> Callable[..., TextRequest]:
+def request_for(tokenizer: Any) -> Callable[..., TextRequest]:
     def make(request_id: str = "r", **fields: Any) -> TextRequest:
         params = SamplingParams(max_tokens=50, stop_token_ids=fields.pop("stop_token_ids", ()))
-        return TextRequest(request_id=request_id, prompt_ids=[1, 2], params=params, **fields)
+        parser = TextParser(
+            tokenizer,
+            stop=fields.pop("stop", ()),
+            include_stop=fields.get("include_stop", False),
+            skip_special_tokens=fields.pop("skip_special_tokens", True),
+        )
+        return TextRequest(
+            request_id=request_id, prompt_ids=[1, 2], params=params, parser=parser, **fields
+        )
 
     return make
 
 
 async def text_of(state: ServerState, request: TextRequest) -> str:
     async with generating(state, [request]) as generation:
-        return "".join([delta.text async for delta in generation.deltas() if delta])
+        return "".join([delta.parsed.content async for delta in generation.deltas() if delta])
 
 
 async def test_in_flight_while_it_runs(state: ServerState, engine: Any, request_for: Any) -> None:
@@ -66,7 +75,7 @@ async def test_failing_comes_after_what_is_there(
         deltas = generation.deltas()
         first = await anext(deltas)
         assert first is not None
-        assert first.text == "A"
+        assert first.parsed.content == "A"
         generation.fail(EngineUnavailable("The server is shutting down."))
         with pytest.raises(EngineUnavailable, match="shutting down"):
             await anext(deltas)
@@ -82,7 +91,7 @@ async def test_silence_is_told_and_nothing_is_lost(
         deltas = generation.deltas(idle_s=0)
         assert [await anext(deltas) for _ in range(3)] == [None] * 3
         token_comes.set()
-        text = "".join([delta.text async for delta in deltas if delta])
+        text = "".join([delta.parsed.content async for delta in deltas if delta])
     assert text == "AB"
     assert engine.ended == {"r": FinishReason.LENGTH}
 

@@ -1,4 +1,4 @@
-"""API keys, body limit, request ids and HTTP metrics, on every path."""
+"""Body limit, request ids and HTTP metrics, on every path."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,39 +18,6 @@ CHAT = "/v1/chat/completions"
 @pytest.fixture
 def make_app(make_state: Callable[..., ServerState]) -> Callable[..., FastAPI]:
     return lambda **settings: create_app(make_state(**settings))
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["/v1/models", "/metrics", "/version", "/openapi.json", "/docs", "/nowhere", CHAT, "/health/x"],
-)
-async def test_without_a_key_everything_is_closed(
-    make_app: Any, client_for: Any, path: str
-) -> None:
-    async with client_for(make_app(api_key=("secret",))) as client:
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic secret"}):
-            response = await client.get(path, headers=headers)
-            assert response.status_code == 401
-            assert response.headers["www-authenticate"] == "Bearer"
-            assert response.json()["error"]["code"] == "invalid_api_key"
-            assert response.json()["error"]["type"] == "invalid_request_error"
-
-
-@pytest.mark.parametrize("path", ["/health", "/ready"])
-async def test_probes_need_no_key(make_app: Any, client_for: Any, path: str) -> None:
-    async with client_for(make_app(api_key=("secret",))) as client:
-        assert (await client.get(path)).status_code == 200
-
-
-@pytest.mark.parametrize("key", ["first", "sécond"])
-async def test_any_of_the_keys_opens(make_app: Any, client_for: Any, key: str) -> None:
-    async with client_for(make_app(api_key=("first", "sécond"))) as client:
-        headers = {b"authorization": b"bearer  " + key.encode()}
-        assert (await client.get("/v1/models", headers=headers)).status_code == 200
-
-
-async def test_without_keys_everything_is_open(client: httpx.AsyncClient) -> None:
-    assert (await client.get("/v1/models")).status_code == 200
 
 
 async def test_declared_body_over_the_limit(

@@ -1,6 +1,7 @@
 """Flags and variables as derived from a dataclass."""
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ class Settings:
     size: int = option(16, "Size", choices=(8, 16))
     kind: str = option("auto", "Kind", choices=("auto", "none"))
     memory: int | None = option(None, "Memory", type="bytes")
+    kwargs: Mapping[str, Any] | None = option(None, "Kwargs", type="json")
     cache: bool = option(True, "Cache")
     key: tuple[str, ...] = option((), "Key")
     name: tuple[str, ...] = option((), "Name", nargs="+")
@@ -35,7 +37,7 @@ def parse(*argv: str) -> dict[str, Any]:
 
 def test_names() -> None:
     assert [option.name for option in OPTIONS] == [
-        *("max_len", "share", "size", "kind", "memory", "cache", "key", "name")
+        *("max_len", "share", "size", "kind", "memory", "kwargs", "cache", "key", "name")
     ]
     assert (OPTIONS[0].flag, OPTIONS[0].variable) == ("--max-len", "BEZEL_MAX_LEN")
 
@@ -53,6 +55,7 @@ def test_nothing_given_leaves_no_trace() -> None:
         ("--size 8", {"size": 8}),
         ("--kind none", {"kind": "none"}),
         ("--memory 2G", {"memory": 2 * 2**30}),
+        ('--kwargs {"a":[1]}', {"kwargs": {"a": [1]}}),
         ("--cache", {"cache": True}),
         ("--no-cache", {"cache": False}),
         ("--key a --key b", {"key": ["a", "b"]}),
@@ -91,6 +94,8 @@ def test_variables(variable: str, text: str, value: Any) -> None:
         ("SHARE", "half", "'half' is not a number"),
         ("SIZE", "9", "'9' is not one of 8, 16"),
         ("KIND", "some", "'some' is not one of auto, none"),
+        ("KWARGS", "[1]", "'[1]' is not a JSON object"),
+        ("KWARGS", "{", "'{' is not a JSON object"),
         ("CACHE", "yes", "'yes' is not one of 1, 0, true, false"),
         ("MEMORY", "2T", "'2T' is not a number of bytes, such as 1500000000, 1500m or 1.5G"),
     ],

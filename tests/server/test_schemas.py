@@ -39,9 +39,32 @@ def test_newer_name_of_the_limit_wins(fields: dict[str, int], limit: int | None)
     assert request.output_limit == limit
 
 
+@pytest.mark.parametrize(
+    ("fields", "number"),
+    [
+        ({}, None),
+        ({"logprobs": False, "top_logprobs": 0}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 3}, 3),
+    ],
+    ids=str,
+)
+def test_number_of_logprobs_in_chats(fields: dict[str, Any], number: int | None) -> None:
+    messages = [{"role": "user", "content": "x"}]
+    request = ChatCompletionRequest(model="m", messages=messages, **fields)
+    assert request.num_logprobs == number
+
+
+@pytest.mark.parametrize(
+    ("given", "number"), [(None, None), (False, None), (0, 0), (True, 1), (5, 5)]
+)
+def test_number_of_logprobs_in_completions(given: Any, number: int | None) -> None:
+    assert CompletionRequest(model="m", prompt="x", logprobs=given).num_logprobs == number
+
+
 def test_undeclared_fields_are_kept_apart() -> None:
-    request = CompletionRequest(model="m", prompt="x", n=2, colour="red", seed=1)
-    assert request.model_extra == {"n": 2, "colour": "red"}
+    request = CompletionRequest(model="m", prompt="x", n=2, colour="red", tools=[])
+    assert request.model_extra == {"colour": "red", "tools": []}
 
 
 def test_openapi_tells_of_every_form_of_a_prompt(app: Any) -> None:

@@ -209,7 +209,8 @@ class Engine:
 
 serve.EngineClient = Engine
 serve.resolve_checkpoint = lambda model: Checkpoint(Path("tiny"), "gguf", "tiny", {}, {})
-serve.Tokenizer = SimpleNamespace(load=lambda checkpoint: None)
+tokenizer = SimpleNamespace(token_id=lambda text: None)
+serve.Tokenizer = SimpleNamespace(load=lambda checkpoint: tokenizer)
 sys.exit(cli.main(["serve", "--port", "0"]))
 """
 
