@@ -181,7 +181,7 @@ def _local_slots(scheduled: ScheduledSequence, layout: KVLayout) -> Ints:
     positions = _positions(scheduled)
     size = layout.local_page_size
     slots: Ints = table[positions // size % layout.ring_size] * size + positions % size
-    slots[positions < scheduled.end - layout.window + 1] = NO_SLOT
+    slots[positions < scheduled.anchor - layout.window + 1] = NO_SLOT
     return slots
 
 
@@ -190,4 +190,5 @@ def _global_slots(scheduled: ScheduledSequence, layout: KVLayout) -> Ints:
     positions = _positions(scheduled)
     size = layout.global_page_size
     slots: Ints = table[positions // size] * size + positions % size
+    slots[positions < scheduled.sequence.pages.num_shared_global * size] = NO_SLOT
     return slots

@@ -51,7 +51,7 @@ class EngineConfig:
         False, "Launch every kernel of a decode step on its own instead of replaying CUDA graphs"
     )
     enable_prefix_caching: bool = option(
-        True, "Accepted for compatibility: the prefix cache itself comes in a later version"
+        True, "Keep keys and values of prompts that may come again, as long as there is room"
     )
     seed: int = option(0, "Seed of requests that bring none of their own")
 

@@ -16,6 +16,7 @@ from bezel.engine.messages import (
     AddSequence,
     EngineInfo,
     FinishReason,
+    PrefixStats,
     SequenceOutput,
     StepOutput,
     StepStats,
@@ -27,6 +28,7 @@ from bezel.engine.sampler import Sampler
 from bezel.engine.sampling_params import SamplingParams
 from bezel.engine.scheduler import ScheduledStep, Scheduler
 from bezel.engine.sequence import Sequence
+from bezel.engine.warm_up import warm_up_sampling
 
 
 class Engine:
@@ -45,6 +47,8 @@ class Engine:
         vocab_size = self.runner.model_config.vocab_size
         suppressed = self.checkpoint.generation_config.get("suppress_tokens") or []
         self.sampler = Sampler(suppressed, vocab_size)
+        if self.runner.device.type == "cuda":
+            warm_up_sampling(self.sampler, self.runner.layout, vocab_size, self.runner.device)
         self._eos_token_ids = frozenset(
             token_id for token_id in eos_token_ids(self.checkpoint) if token_id < vocab_size
         )
@@ -141,6 +145,7 @@ class Engine:
                 finish_reason=sequence.finish_reason,
                 logprobs=[logprobs[row]] if row in logprobs and token_id is not None else [],
                 prompt_logprobs=pieces.pop(sequence.request_id, []),
+                num_cached_tokens=_cached_tokens_to_tell(sequence),
             )
             for row, (sequence, token_id) in enumerate(zip(sampled, token_ids, strict=True))
         ]
@@ -169,7 +174,7 @@ class Engine:
         return list(tokens.values())
 
     def _stats(self, step: ScheduledStep, step_s: float) -> StepStats:
-        used = self.pool.used
+        used, sharing = self.pool.used - self.pool.idle, self.scheduler.sharing
         num_prefill = sum(s.num_tokens for s in step.sequences if s.is_prefill)
         return StepStats(
             num_running=len(self.scheduler.running),
@@ -179,8 +184,20 @@ class Engine:
             num_prefill_tokens=num_prefill,
             num_decode_tokens=step.num_tokens - num_prefill,
             num_preemptions=step.num_preemptions,
+            prefix=PrefixStats(
+                local_pages=self.pool.idle.local,
+                global_pages=self.pool.idle.global_,
+                num_checkpoints=sharing.cache.num_checkpoints,
+                num_evicted=sharing.cache.num_evicted,
+                num_queried_tokens=sharing.num_queried_tokens,
+                num_hit_tokens=sharing.num_hit_tokens,
+            ),
             step_seconds=step_s,
         )
+
+
+def _cached_tokens_to_tell(sequence: Sequence) -> int:
+    return sequence.num_cached_tokens if sequence.num_output_tokens == 1 else 0
 
 
 def eos_token_ids(checkpoint: Checkpoint) -> frozenset[int]:

@@ -80,11 +80,13 @@ class KVLayout:
     @property
     def ring_size(self) -> int:
         """Entries of the ring-shaped local page table, a power of two."""
-        return 1 << (self.max_local_pages - 1).bit_length()
+        return 1 << (self.max_local_pages + GLOBAL_PAGE_FACTOR - 1).bit_length()
 
-    def local_page_range(self, num_tokens: int) -> range:
-        """Indices (position // page size) of the local pages kept after `num_tokens` tokens."""
-        first = max(0, num_tokens - self.window + 1) // self.local_page_size
+    def local_page_range(self, num_tokens: int, anchor: int | None = None) -> range:
+        """Indices (position // page size) of the local pages kept after `num_tokens` tokens; with
+        an `anchor`, a position at most a global page earlier, those of its window too."""
+        oldest = num_tokens if anchor is None else anchor
+        first = max(0, oldest - self.window + 1) // self.local_page_size
         return range(first, math.ceil(num_tokens / self.local_page_size))
 
     def num_global_pages(self, num_tokens: int) -> int:
@@ -94,9 +96,11 @@ class KVLayout:
         """Pages that a sequence of `num_tokens` computed tokens holds."""
         return PageCount(len(self.local_page_range(num_tokens)), self.num_global_pages(num_tokens))
 
-    def peak_pages(self, num_tokens: int) -> PageCount:
-        """Pages that suffice at every moment while a sequence grows to `num_tokens` tokens."""
-        local = min(self.max_local_pages, math.ceil(num_tokens / self.local_page_size))
+    def peak_pages(self, num_tokens: int, anchored: bool = False) -> PageCount:
+        """Pages that suffice at every moment while a sequence grows to `num_tokens` tokens;
+        `anchored`: also while an earlier window is kept beside the last."""
+        most = self.max_local_pages + (GLOBAL_PAGE_FACTOR if anchored else 0)
+        local = min(most, math.ceil(num_tokens / self.local_page_size))
         return PageCount(local, self.num_global_pages(num_tokens))
 
     def num_bytes(self, pages: PageCount) -> int:

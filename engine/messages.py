@@ -73,7 +73,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     `logprobs` has an entry for each of `token_ids` if they were asked for. `prompt_logprobs` come
     in pieces, in order, before or with the first token: an entry for each token of the prompt but
-    the first, which nothing predicts.
+    the first, which nothing predicts. `num_cached_tokens` of the prompt were found in the prefix
+    cache, told with the first token.
     """
 
     request_id: str
@@ -81,6 +82,19 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
+    num_cached_tokens: int = 0
+
+
+class PrefixStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The prefix cache: pages that only it holds, checkpoints, and how many were evicted since the
+    engine's start; prompt tokens looked up since then, and those that were found."""
+
+    local_pages: int = 0
+    global_pages: int = 0
+    num_checkpoints: int = 0
+    num_evicted: int = 0
+    num_queried_tokens: int = 0
+    num_hit_tokens: int = 0
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,6 +107,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     num_prefill_tokens: int
     num_decode_tokens: int
     num_preemptions: int
+    prefix: PrefixStats
     step_seconds: float
 
 

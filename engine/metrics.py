@@ -13,7 +13,7 @@ from typing import TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
-from bezel.engine.messages import EngineInfo, FinishReason, StepStats
+from bezel.engine.messages import EngineInfo, FinishReason, PrefixStats, StepStats
 
 # Supersets of vLLM's buckets, so its dashboards port; finer below 10 ms, where a step lives.
 _STEP_BUCKETS = (
@@ -42,6 +42,7 @@ class Metrics:
         self._info: EngineInfo | None = None
         self._model_families: list[Gauge | Counter | Histogram] = []
         self._num_restarts = 0
+        self._prefix = PrefixStats()
         self._declare_gauges()
         self._declare_counters()
         self._declare_histograms()
@@ -50,6 +51,12 @@ class Metrics:
         self._running = self._gauge("num_requests_running", "Sequences in the current step.")
         self._waiting = self._gauge("num_requests_waiting", "Sequences waiting for their turn.")
         self._pages_used = self._gauge("kv_pages_used", "KV pages held by sequences.", _KIND)
+        self._pages_cached = self._gauge(
+            "kv_pages_cached", "KV pages that only the prefix cache holds.", _KIND
+        )
+        self._checkpoints = self._gauge(
+            "prefix_cache_checkpoints", "Places in the prefix cache to resume from."
+        )
         self._pages_total = self._gauge(
             "kv_pages_total", "KV pages there would be if all memory held this kind.", _KIND
         )
@@ -63,6 +70,15 @@ class Metrics:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens generated.")
         self._preemptions = self._counter("num_preemptions", "Sequences sent back to waiting.")
+        self._prefix_queries = self._counter(
+            "prefix_cache_queries", "Prompt tokens looked up in the prefix cache."
+        )
+        self._prefix_hits = self._counter(
+            "prefix_cache_hits", "Prompt tokens found there, and not computed."
+        )
+        self._prefix_evictions = self._counter(
+            "prefix_cache_evictions", "Checkpoints given up for their pages."
+        )
         self._restarts = self._counter("engine_restarts", "Restarts of the engine process.")
         self._finished = self._counter(
             "request_success",
@@ -110,6 +126,7 @@ class Metrics:
         self._pages_total.labels(model_name, "local").set(info.local_pages_total)
         self._pages_total.labels(model_name, "global").set(info.global_pages_total)
         self._observe_pages(0, 0)
+        self._observe_prefix_cache(PrefixStats())
 
     def observe_step(self, stats: StepStats) -> None:
         """Take over what the engine says of a step, or of its state between steps."""
@@ -121,6 +138,19 @@ class Metrics:
         if stats.num_prefill_tokens + stats.num_decode_tokens:
             self._step.labels(model).observe(stats.step_seconds)
         self._observe_pages(stats.local_pages_used, stats.global_pages_used)
+        self._observe_prefix_cache(stats.prefix)
+
+    def _observe_prefix_cache(self, stats: PrefixStats) -> None:
+        model, last = self._model_name, self._prefix
+        self._pages_cached.labels(model, "local").set(stats.local_pages)
+        self._pages_cached.labels(model, "global").set(stats.global_pages)
+        self._checkpoints.labels(model).set(stats.num_checkpoints)
+        if stats.num_queried_tokens < last.num_queried_tokens:
+            last = PrefixStats()  # an engine started anew counts from zero
+        self._prefix_queries.labels(model).inc(stats.num_queried_tokens - last.num_queried_tokens)
+        self._prefix_hits.labels(model).inc(stats.num_hit_tokens - last.num_hit_tokens)
+        self._prefix_evictions.labels(model).inc(stats.num_evicted - last.num_evicted)
+        self._prefix = stats
 
     def _observe_pages(self, num_local: int, num_global: int) -> None:
         model, info = self._model_name, self._info

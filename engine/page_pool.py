@@ -6,8 +6,12 @@
 A sector is free, or cut into pages of one kind; it is free again as soon as its last page returns.
 Page ids count pages of their kind from the start of the arena, so `id * page_bytes` is the page's
 place whatever the sectors around it hold. Nothing is ever moved. Plain ints; no tensors.
+
+A page may have several holders: sequences with the same beginning, and the prefix cache. It returns
+when the last of them frees it; while only the cache holds it, it is *idle*.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from bezel.engine.kv_layout import KVLayout, PageCount
@@ -25,6 +29,13 @@ class _Kind:
     # Sectors with both used and free pages, and their free page ids. A dict keeps insertion order:
     # the sector touched last is filled first, so that others can run empty and be lent anew.
     partial: dict[int, list[int]] = field(default_factory=dict)
+    # Holders beyond the first, of pages that have any; and how many of all are the cache.
+    others: dict[int, int] = field(default_factory=dict)
+    cached: dict[int, int] = field(default_factory=dict)
+    num_idle: int = 0
+
+    def is_idle(self, page: int) -> bool:
+        return self.cached.get(page) == 1 + self.others.get(page, 0)
 
 
 class PagePool:
@@ -42,6 +53,11 @@ class PagePool:
         return PageCount(self._local.num_used, self._global.num_used)
 
     @property
+    def idle(self) -> PageCount:
+        """Of those used, the pages that nobody but the cache holds."""
+        return PageCount(self._local.num_idle, self._global.num_idle)
+
+    @property
     def total(self) -> PageCount:
         """Pages of each kind if the whole arena were lent to that kind alone."""
         return PageCount(
@@ -57,6 +73,13 @@ class PagePool:
             sectors += max(0, -(-missing // kind.pages_per_sector))
         return sectors <= len(self._free_sectors)
 
+    def might_allocate(self, wanted: PageCount) -> bool:
+        """Whether that could be if all idle pages were free, wherever they lie; perhaps not."""
+        layout, idle = self.layout, self.idle
+        free = PageCount(self._local.num_free, self._global.num_free) + idle
+        free_bytes = len(self._free_sectors) * layout.sector_bytes + layout.num_bytes(free)
+        return layout.num_bytes(wanted) <= free_bytes
+
     def allocate_local(self) -> int:
         """Take one local page. Raises OutOfPages."""
         return self._allocate(self._local)
@@ -66,10 +89,58 @@ class PagePool:
         return self._allocate(self._global)
 
     def free_local(self, page: int) -> None:
-        self._free(self._local, page)
+        """End one holder's hold of it."""
+        self._drop(self._local, page)
 
     def free_global(self, page: int) -> None:
-        self._free(self._global, page)
+        """End one holder's hold of it."""
+        self._drop(self._global, page)
+
+    def share_local(self, page: int) -> None:
+        """Add a holder."""
+        self._share(self._local, page)
+
+    def share_global(self, page: int) -> None:
+        """Add a holder."""
+        self._share(self._global, page)
+
+    def is_shared_local(self, page: int) -> bool:
+        """Whether it has several holders."""
+        return page in self._local.others
+
+    def cache_pages(self, local: Iterable[int] = (), global_: Iterable[int] = ()) -> None:
+        """Make the cache a holder; of a local page it may be one several times."""
+        for kind, pages in ((self._local, local), (self._global, global_)):
+            for page in pages:
+                self._share(kind, page)
+                # Somebody else holds it as well, so it can't be idle yet.
+                kind.cached[page] = kind.cached.get(page, 0) + 1
+
+    def uncache_pages(self, local: Iterable[int] = (), global_: Iterable[int] = ()) -> None:
+        """Undo `cache_pages`."""
+        for kind, pages in ((self._local, local), (self._global, global_)):
+            for page in pages:
+                kind.num_idle -= kind.is_idle(page)
+                kind.cached[page] -= 1
+                if not kind.cached[page]:
+                    del kind.cached[page]
+                self._release(kind, page)
+                kind.num_idle += kind.is_idle(page)
+
+    def _share(self, kind: _Kind, page: int) -> None:
+        kind.num_idle -= kind.is_idle(page)
+        kind.others[page] = kind.others.get(page, 0) + 1
+
+    def _drop(self, kind: _Kind, page: int) -> None:
+        self._release(kind, page)
+        kind.num_idle += kind.is_idle(page)
+
+    def _release(self, kind: _Kind, page: int) -> None:
+        others = kind.others.pop(page, 0)
+        if others > 1:
+            kind.others[page] = others - 1
+        elif others == 0:
+            self._free(kind, page)
 
     def _allocate(self, kind: _Kind) -> int:
         if not kind.partial:
@@ -109,6 +180,9 @@ class PagePool:
                 assert len(set(pages)) == len(pages)
                 assert all(page // kind.pages_per_sector == sector for page in pages)
             assert kind.num_free == sum(map(len, kind.partial.values()))
+            assert kind.num_idle == sum(map(kind.is_idle, kind.cached))
+            free = {page for pages in kind.partial.values() for page in pages}
+            assert free.isdisjoint(kind.others) and free.isdisjoint(kind.cached)
             used_in_partial = len(kind.partial) * kind.pages_per_sector - kind.num_free
             full, rest = divmod(kind.num_used - used_in_partial, kind.pages_per_sector)
             assert rest == 0 and full >= 0, "used pages don't fill whole sectors"

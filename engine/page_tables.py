@@ -12,7 +12,12 @@ A chunk reads the old pages before it writes the new ones, layer by layer, so pa
 are reused for what slides in, and a sequence never holds more than `max_local_pages`. A single
 token is written before it is read (its attention reads pages only), so there nothing is reused
 within the step; pages that slid out go back to the pool when the step is done.
+
+A step may also keep the window of an earlier position, its *anchor*, for the prefix cache. Pages
+that others hold too are never reused.
 """
+
+from collections.abc import Sequence
 
 from bezel.engine.kv_layout import KVLayout, PageCount
 from bezel.engine.page_pool import PagePool
@@ -22,13 +27,22 @@ NO_PAGE = -1
 
 class PageTables:
     """`global_table[i]` holds positions from `i * global_page_size`; page index `i` of the local
-    kind stands at `local_table[i % ring_size]`."""
+    kind stands at `local_table[i % ring_size]`. The first `num_shared_global` pages came from the
+    cache with their content, and are not written again."""
 
-    __slots__ = ("_local_held", "_slid", "global_table", "layout", "local_table")
+    __slots__ = (
+        "_local_held",
+        "_slid",
+        "global_table",
+        "layout",
+        "local_table",
+        "num_shared_global",
+    )
 
     def __init__(self, layout: KVLayout) -> None:
         self.layout = layout
         self.global_table: list[int] = []
+        self.num_shared_global = 0
         self.local_table = [NO_PAGE] * layout.ring_size
         self._local_held = range(0)
         self._slid: list[int] = []
@@ -37,26 +51,57 @@ class PageTables:
     def held(self) -> PageCount:
         return PageCount(len(self._local_held) + len(self._slid), len(self.global_table))
 
-    def num_missing(self, start: int, end: int) -> PageCount:
-        """Pages the pool must give before [start, end) can be computed."""
-        _, incoming, dropped = self._slide(end)
-        recycled = len(dropped) if end - start > 1 else 0
-        num_global = self.layout.num_global_pages(end) - len(self.global_table)
-        return PageCount(max(0, len(incoming) - recycled), num_global)
+    def adopt(
+        self, position: int, local: Sequence[int], global_: Sequence[int], pool: PagePool
+    ) -> None:
+        """Begin at `position` with pages of the cache: `local` are those of its window."""
+        assert not self.global_table and not self._local_held
+        for page in global_:
+            pool.share_global(page)
+        for page in local:
+            pool.share_local(page)
+        self.global_table = list(global_)
+        self.num_shared_global = len(global_)
+        self._local_held = self.layout.local_page_range(position)
+        for index, page in zip(self._local_held, local, strict=True):
+            self.local_table[index % self.layout.ring_size] = page
 
-    def extend(self, start: int, end: int, pool: PagePool) -> list[int]:
+    def window_pages(self, position: int) -> list[int]:
+        """The local pages of the window at `position`, which must be held still."""
+        indices = self.layout.local_page_range(position)
+        assert indices.start >= self._local_held.start and indices.stop <= self._local_held.stop
+        return [self._entry(index) for index in indices]
+
+    def local_pages(self) -> list[int]:
+        """All local pages held, those that slid out in the step under way too."""
+        return [*(self._entry(index) for index in self._local_held), *self._slid]
+
+    def num_missing(
+        self, start: int, end: int, pool: PagePool, anchor: int | None = None
+    ) -> PageCount:
+        """Pages the pool must give before [start, end) can be computed."""
+        _, incoming, dropped = self._slide(end, anchor)
+        recycled = len(self._recycled(dropped, pool)) if end - start > 1 else 0
+        num_global = self.layout.num_global_pages(end) - len(self.global_table)
+        return PageCount(max(0, len(incoming) - recycled), max(0, num_global))
+
+    def extend(self, start: int, end: int, pool: PagePool, anchor: int | None = None) -> list[int]:
         """Take the pages for [start, end); return the local table to *read* from in this step.
 
         Call only if the pool can allocate `num_missing`.
         """
         while len(self.global_table) < self.layout.num_global_pages(end):
             self.global_table.append(pool.allocate_global())
-        kept, incoming, dropped = self._slide(end)
+        kept, incoming, dropped = self._slide(end, anchor)
         slid = [self._entry(index) for index in dropped]
         read_table = self.local_table if end - start == 1 else list(self.local_table)
-        recycled = slid if end - start > 1 else []
+        recycled = self._recycled(dropped, pool) if end - start > 1 else []
         for index in incoming:
-            page = recycled.pop() if recycled else pool.allocate_local()
+            if recycled:
+                page = recycled.pop()
+                slid.remove(page)
+            else:
+                page = pool.allocate_local()
             self.local_table[index % self.layout.ring_size] = page
         self._slid = slid
         self._local_held = range(kept.start if kept else incoming.start, incoming.stop)
@@ -76,15 +121,20 @@ class PageTables:
         for page in self.global_table:
             pool.free_global(page)
         self.global_table = []
+        self.num_shared_global = 0
         self.local_table = [NO_PAGE] * self.layout.ring_size
         self._local_held = range(0)
 
     def _entry(self, index: int) -> int:
         return self.local_table[index % self.layout.ring_size]
 
-    def _slide(self, end: int) -> tuple[range, range, range]:
+    def _recycled(self, dropped: range, pool: PagePool) -> list[int]:
+        pages = (self._entry(index) for index in dropped)
+        return [page for page in pages if not pool.is_shared_local(page)]
+
+    def _slide(self, end: int, anchor: int | None) -> tuple[range, range, range]:
         """Page indices that stay, come and go when the sequence reaches `end` tokens."""
-        held, target = self._local_held, self.layout.local_page_range(end)
+        held, target = self._local_held, self.layout.local_page_range(end, anchor)
         kept = range(max(held.start, target.start), held.stop)
         incoming = range(max(held.stop, target.start), target.stop)
         dropped = range(held.start, min(held.stop, target.start))

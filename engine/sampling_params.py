@@ -41,7 +41,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     `logprobs` and `prompt_logprobs` ask for log-probabilities of the drawn tokens, or of the
     prompt's, and of that many of the likeliest beside each; None asks for none.
     `grammar` is an llguidance grammar that the output keeps to, from its first token on.
-    A sequence of lower `priority` goes first.
+    A sequence of lower `priority` goes first. Only sequences of equal `cache_salt` share pages.
     """
 
     max_tokens: int
@@ -62,6 +62,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     grammar: str | None = None
     thinking_budget: ThinkingBudget | None = None
     priority: int = 0
+    cache_salt: str = ""
 
     @property
     def is_greedy(self) -> bool:

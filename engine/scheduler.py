@@ -16,6 +16,8 @@ from bezel.engine.config import EngineConfig
 from bezel.engine.kv_layout import PageCount
 from bezel.engine.messages import FinishReason
 from bezel.engine.page_pool import PagePool
+from bezel.engine.prefix_cache import PrefixHit
+from bezel.engine.prefix_sharing import PrefixSharing
 from bezel.engine.sequence import Sequence, SequenceStatus
 
 _rank = attrgetter("rank")
@@ -24,12 +26,14 @@ _rank = attrgetter("rank")
 @dataclass(frozen=True, slots=True)
 class ScheduledSequence:
     """Positions [start, start + num_tokens) of a sequence; `local_read_table` as before the step
-    if the chunk has several tokens (see `page_tables`)."""
+    if the chunk has several tokens, `anchor` a position whose window is kept (see `page_tables`).
+    """
 
     sequence: Sequence
     start: int
     num_tokens: int
     local_read_table: list[int]
+    anchor: int
 
     @property
     def end(self) -> int:
@@ -77,6 +81,7 @@ class Scheduler:
         self._token_budget = config.max_num_batched_tokens
         self._max_chunk = config.long_prefill_token_threshold or self._token_budget
         self.pool = pool
+        self.sharing = PrefixSharing(pool, config.enable_prefix_caching)
         # Both in the order of ranks.
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -129,8 +134,10 @@ class Scheduler:
         Returns the sampled sequences; those that ended have their `finish_reason` set.
         """
         for scheduled in step.sequences:
-            scheduled.sequence.num_computed_tokens = scheduled.end
-            scheduled.sequence.pages.release_slid(self.pool)
+            sequence, end = scheduled.sequence, scheduled.end
+            sequence.num_computed_tokens = end
+            self.sharing.computed(sequence, scheduled.start, end, scheduled.anchor)
+            sequence.pages.release_slid(self.pool)
         sampled = step.sampled
         for sequence, token_id in zip(sampled, token_ids, strict=True):
             reason = FinishReason.ERROR if token_id is None else sequence.append(token_id)
@@ -163,46 +170,74 @@ class Scheduler:
     def _take_pages(self, sequence: Sequence, budget: int) -> ScheduledSequence | None:
         start = sequence.num_computed_tokens
         end = start + min(sequence.num_uncomputed_tokens, self._max_chunk, budget)
-        if not self.pool.can_allocate(sequence.pages.num_missing(start, end)):
+        end, anchor = self.sharing.chunk(sequence, start, end)
+        missing = sequence.pages.num_missing(start, end, self.pool, anchor)
+        if not self.sharing.make_room(missing):
             return None
-        read_table = sequence.pages.extend(start, end, self.pool)
-        return ScheduledSequence(sequence, start, end - start, read_table)
+        read_table = sequence.pages.extend(start, end, self.pool, anchor)
+        return ScheduledSequence(sequence, start, end - start, read_table, anchor)
 
     def _admit(self, budget: int, chosen: dict[str, ScheduledSequence]) -> None:
         """Start waiting sequences whose whole known text fits beside what is already promised."""
         promised = self._promised()
         while self.waiting and budget and len(self.running) < self._max_num_seqs:
             sequence = self.waiting[0]
-            needed = self.pool.layout.peak_pages(sequence.num_tokens)
-            if not self.pool.can_allocate(promised + needed):
+            hit = self.sharing.match(sequence)
+            scheduled = self._begin(sequence, hit, budget, promised)
+            if scheduled is None and hit is not None and not self.running:
+                # What it would share is in the way of its own pages.
+                scheduled = self._begin(sequence, None, budget, promised)
+            if scheduled is None:
                 return
             del self.waiting[0]
             insort(self.running, sequence, key=_rank)
             sequence.status = SequenceStatus.RUNNING
-            scheduled = self._take_pages(sequence, budget)
-            assert scheduled is not None
             chosen[sequence.request_id] = scheduled
             budget -= scheduled.num_tokens
-            promised += needed - sequence.pages.held
+            promised += self._missing(sequence)
+
+    def _begin(
+        self, sequence: Sequence, hit: PrefixHit | None, budget: int, promised: PageCount
+    ) -> ScheduledSequence | None:
+        """The first chunk of a waiting sequence; None, and nothing taken, if there is no room."""
+        self.sharing.begin(sequence, hit)
+        scheduled = None
+        if self.sharing.make_room(promised + self._missing(sequence)):
+            scheduled = self._take_pages(sequence, budget)
+        if scheduled is None:
+            self._release(sequence)
+        else:
+            self.sharing.admitted(sequence, hit)
+        return scheduled
+
+    def _missing(self, sequence: Sequence) -> PageCount:
+        """Pages that a sequence will still take for tokens it already has."""
+        anchored = self.sharing.is_enabled and sequence.is_prefilling
+        peak = self.pool.layout.peak_pages(sequence.num_tokens, anchored)
+        missing = peak - sequence.pages.held
+        return PageCount(max(0, missing.local), max(0, missing.global_))
 
     def _promised(self) -> PageCount:
         """Pages that running sequences will still take for tokens they already have."""
         promised = PageCount(0, 0)
         for sequence in self.running:
-            missing = self.pool.layout.peak_pages(sequence.num_tokens) - sequence.pages.held
-            promised += PageCount(max(0, missing.local), max(0, missing.global_))
+            promised += self._missing(sequence)
         return promised
 
     def _preempt(self, sequence: Sequence) -> None:
         _remove(sequence, self.running)
-        sequence.pages.release_all(self.pool)
         sequence.num_once_computed = max(sequence.num_once_computed, sequence.num_computed_tokens)
-        sequence.num_computed_tokens = 0
+        self._release(sequence)
         sequence.status = SequenceStatus.WAITING
         insort(self.waiting, sequence, key=_rank)
 
-    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+    def _release(self, sequence: Sequence) -> None:
+        self.sharing.end(sequence)
         sequence.pages.release_all(self.pool)
+        sequence.num_computed_tokens = 0
+
+    def _end(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._release(sequence)
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         del self._by_id[sequence.request_id]

@@ -8,6 +8,7 @@ from bezel.engine.errors import GrammarError
 from bezel.engine.grammar import GrammarState
 from bezel.engine.messages import FinishReason
 from bezel.engine.page_tables import PageTables
+from bezel.engine.prefix_cache import Block
 from bezel.engine.sampling_params import SamplingParams
 from bezel.engine.thought_limit import ThoughtLimit
 
@@ -25,8 +26,10 @@ class Sequence:
     """`token_ids` is the prompt and what was sampled; `num_computed_tokens` of them have K/V.
 
     `stop_token_ids` is the checkpoint's EOS set and the request's own, ready for look-ups.
-    `num_once_computed` tokens had K/V before the sequence was last preempted. `arrival` is the
-    scheduler's: how many sequences came before.
+    `block` is how far its text is in the prefix cache, `last_checkpoint` the newest that it put
+    there and may take away again, `branch` where other texts in the cache go other ways;
+    `num_cached_tokens` of the prompt were found there. `num_once_computed` tokens had K/V before
+    the sequence was last preempted. `arrival` is the scheduler's: how many sequences came before.
     """
 
     request_id: str
@@ -40,6 +43,10 @@ class Sequence:
     num_prompt_tokens: int = field(init=False)
     num_computed_tokens: int = 0
     num_once_computed: int = 0
+    num_cached_tokens: int = 0
+    block: Block | None = None
+    last_checkpoint: Block | None = None
+    branch: int = 0
     arrival: int = 0
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None

@@ -10,7 +10,8 @@ repairs a template needs is found out by having it render a small conversation.
 | the turn, and leaves out the opening of the next            | and is moved out in front of it    |
 | a tool's answer gets a turn of its own, or takes time that  | it is put into the model's message |
 | grows with the square of their number                       |                                    |
-| the turn stays open when the user speaks after an answer    | it is closed                       |
+| the turn stays open when the user speaks after an answer,   | it is closed, and left open        |
+| and is closed when the text was white space                 |                                    |
 | null is Python's None in arguments                          | an object that prints as null      |
 | parameters named "type" or "description" are left out       | names with a mark in front         |
 | an undescribed object begins with a comma                   | a description that is erased       |
@@ -140,7 +141,7 @@ def _marked_calls(message: dict[str, Any], traits: TemplateTraits) -> dict[str, 
     ]
     text = message.get("content")
     marked = dict(message)
-    if traits.puts_text_after_calls and isinstance(text, str) and text.strip():
+    if traits.puts_text_after_calls and isinstance(text, str):
         marked["content"] = ""
         lead = f"{_LEAD_OPEN}{text.strip()}{_LEAD_CLOSE}"
         functions[0]["name"] = lead + functions[0]["name"]

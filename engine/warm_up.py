@@ -21,8 +21,8 @@ from bezel.engine.sequence import Sequence
 # A row of each kind. Log-probabilities have three, too: with one likeliest token, a multiple of 16,
 # and other numbers of them.
 ROWS = [
-    SamplingParams(max_tokens=1, temperature=0.0, logprobs=0),
-    SamplingParams(max_tokens=1, logprobs=1),
+    SamplingParams(max_tokens=1, temperature=0.0),
+    SamplingParams(max_tokens=1),
     SamplingParams(max_tokens=1, min_p=0.1, logprobs=2),
     SamplingParams(max_tokens=1, top_k=64, logit_bias={1: 1.0}),
     SamplingParams(max_tokens=1, top_p=0.9),

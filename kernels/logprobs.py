@@ -53,7 +53,7 @@ def _block_sums_kernel(logits_ptr, maxima_ptr, sums_ptr, stride_ln, V, BLOCK_V: 
     tl.store(sums_ptr + i_n * num_blocks + i_b, tl.sum(tl.exp(b_value - safe), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_top"])
 def _logprobs_kernel(
     logits_ptr,
     token_ids_ptr,

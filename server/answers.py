@@ -57,6 +57,8 @@ class Answer(ABC):
         self._return_token_ids = bool(body.return_token_ids)
         self._num_completion_tokens = 0
         self._num_reasoning_tokens = 0
+        # For each prompt, that of the first of its choices: the others find what that one left.
+        self._num_cached_tokens: dict[int, int] = {}
         self._opened: set[int] = set()
         # Of choices that aren't opened yet.
         self._prompt_logprobs: dict[int, list[TokenLogprobs]] = {}
@@ -110,6 +112,7 @@ class Answer(ABC):
         index, token_ids, reason = delta.index, delta.token_ids, delta.finish_reason
         self._num_completion_tokens += len(token_ids)
         self._num_reasoning_tokens += delta.num_reasoning_tokens
+        self._note_cached_tokens(index, delta.num_cached_tokens)
         if index not in self._opened:
             entries = self._prompt_logprobs.setdefault(index, [])
             entries += delta.prompt_logprobs
@@ -140,6 +143,7 @@ class Answer(ABC):
         shaped = []
         for index, choice in enumerate(choices):
             assert choice.finish_reason is not None
+            self._note_cached_tokens(index, choice.num_cached_tokens)
             whole = self._whole_choice(index, choice)
             whole["finish_reason"] = self._finish_reason(index, choice.finish_reason)
             shaped.append({"index": index} | self._with_token_ids(whole, choice.token_ids))
@@ -170,9 +174,13 @@ class Answer(ABC):
             "prompt_tokens": num_prompt_tokens,
             "completion_tokens": self._num_completion_tokens,
             "total_tokens": num_prompt_tokens + self._num_completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": sum(self._num_cached_tokens.values())},
             "completion_tokens_details": {"reasoning_tokens": self._num_reasoning_tokens},
         }
+
+    def _note_cached_tokens(self, index: int, num_tokens: int) -> None:
+        if index % self._n == 0 and num_tokens:
+            self._num_cached_tokens[index // self._n] = num_tokens
 
     def _prompt(self, index: int) -> list[int]:
         return self._prompts[index // self._n]

@@ -43,7 +43,8 @@ class Delta:
 
     Either may be empty: text that could yet become a stop string is held back. `logprobs` has an
     entry for each of `token_ids` if they were asked for; `prompt_logprobs` come in pieces, the
-    last of them with the first token at the latest.
+    last of them with the first token at the latest. With that also comes how many of the prompt's
+    tokens were found in the prefix cache.
     """
 
     index: int
@@ -52,6 +53,7 @@ class Delta:
     logprobs: list[TokenLogprobs]
     prompt_logprobs: list[TokenLogprobs]
     num_reasoning_tokens: int
+    num_cached_tokens: int
     finish_reason: FinishReason | None
 
 
@@ -75,6 +77,7 @@ class Choice:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     num_reasoning_tokens: int = 0
+    num_cached_tokens: int = 0
     finish_reason: FinishReason | None = None
 
     def add(self, delta: Delta) -> None:
@@ -88,6 +91,7 @@ class Choice:
         self.logprobs += delta.logprobs
         self.prompt_logprobs += delta.prompt_logprobs
         self.num_reasoning_tokens += delta.num_reasoning_tokens
+        self.num_cached_tokens += delta.num_cached_tokens
         self.finish_reason = delta.finish_reason
 
 
@@ -262,6 +266,7 @@ def _delta(
         logprobs=output.logprobs[:num_tokens],
         prompt_logprobs=output.prompt_logprobs,
         num_reasoning_tokens=parser.num_reasoning_tokens - num_thought,
+        num_cached_tokens=output.num_cached_tokens,
         finish_reason=FinishReason.STOP if parser.stopped else reason,
     )
 

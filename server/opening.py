@@ -46,7 +46,7 @@ class ChannelName:
         if not self._left:
             return text
         self._held += text
-        if self._left.startswith(self._held) and self._left != self._held:
+        if self._left.startswith(self._held):
             return ""
         text, self._held = self._held.removeprefix(self._left), ""
         self._left = ""

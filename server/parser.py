@@ -185,9 +185,8 @@ class ChatParser:
         return self._take()
 
     def flush(self, is_cut: bool = True) -> Parsed:
-        if not self.stopped:
-            self._add(self._opening.end(closes_channel=False))
-            self._leave(is_cut)
+        self._add(self._opening.end(closes_channel=False))
+        self._leave(is_cut)
         return self._take()
 
     def _take(self) -> Parsed:

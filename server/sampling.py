@@ -19,6 +19,7 @@ MAX_LOGPROBS = 20
 _PLAIN_FIELDS = (
     *("min_tokens", "temperature", "top_p", "top_k", "min_p", "presence_penalty"),
     *("frequency_penalty", "repetition_penalty", "logit_bias", "seed", "ignore_eos", "priority"),
+    "cache_salt",
 )
 _DEFAULTED_FIELDS = {"temperature": float, "top_p": float, "top_k": int}
 # How long a thought may get, in tokens; efforts that aren't here set no limit.

@@ -26,6 +26,7 @@ class MessageAnswer:
         self._request = request
         self._builder = BlockBuilder()
         self._num_output_tokens = 0
+        self._num_cached_tokens = 0
         self._finish_reason: FinishReason | None = None
 
     def begin(self) -> Iterator[bytes]:
@@ -52,6 +53,7 @@ class MessageAnswer:
 
     def _add(self, delta: Delta) -> Iterator[BlockEvent]:
         self._num_output_tokens += len(delta.token_ids)
+        self._num_cached_tokens += delta.num_cached_tokens
         yield from self._builder.add(delta.parsed)
         if delta.finish_reason is not None:
             self._finish_reason = delta.finish_reason
@@ -85,9 +87,9 @@ class MessageAnswer:
 
     def _usage(self) -> Json:
         return {
-            "input_tokens": len(self._request.prompt_ids),
+            "input_tokens": len(self._request.prompt_ids) - self._num_cached_tokens,
             "cache_creation_input_tokens": 0,
-            "cache_read_input_tokens": 0,
+            "cache_read_input_tokens": self._num_cached_tokens,
             "output_tokens": self._num_output_tokens,
         }
 

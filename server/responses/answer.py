@@ -33,6 +33,7 @@ class ResponseAnswer:
         self._num_events = 0
         self._num_output_tokens = 0
         self._num_reasoning_tokens = 0
+        self._num_cached_tokens = 0
         self._finish_reason: FinishReason | None = None
 
     def begin(self) -> Iterator[bytes]:
@@ -63,6 +64,7 @@ class ResponseAnswer:
     def _add(self, delta: Delta) -> Iterator[BlockEvent]:
         self._num_output_tokens += len(delta.token_ids)
         self._num_reasoning_tokens += delta.num_reasoning_tokens
+        self._num_cached_tokens += delta.num_cached_tokens
         yield from self._builder.add(delta.parsed)
         if delta.finish_reason is not None:
             self._finish_reason = delta.finish_reason
@@ -111,7 +113,7 @@ class ResponseAnswer:
         num_input = len(self._request.prompt_ids)
         return {
             "input_tokens": num_input,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": self._num_cached_tokens},
             "output_tokens": self._num_output_tokens,
             "output_tokens_details": {"reasoning_tokens": self._num_reasoning_tokens},
             "total_tokens": num_input + self._num_output_tokens,

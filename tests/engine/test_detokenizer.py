@@ -136,6 +136,13 @@ def test_an_earlier_longer_stop_string_is_waited_for(tiny: Tokenizer) -> None:
     assert stop_at("xabc") == ("xab", "c")
 
 
+def test_a_false_beginning_does_not_hide_the_right_one(tiny: Tokenizer) -> None:
+    detokenizer = IncrementalDetokenizer(tiny, ["abcd"])
+    given_out = [detokenizer.push(tiny.encode(text, False)) for text in ("aba", "bcd")]
+    assert given_out == ["ab", ""]
+    assert detokenizer.matched_stop == "abcd"
+
+
 def test_text_of_no_token_is_text_like_any_other(tiny: Tokenizer) -> None:
     detokenizer = IncrementalDetokenizer(tiny, ["lo:"])
     assert detokenizer.push(tiny.encode("a🦄", False)[:-1]) == "a"

@@ -103,7 +103,7 @@ def test_those_that_do_not_ask_pay_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(RawLogits, "keep", forbidden)
     draws = Sampler([], VOCAB_SIZE).draw(random_logits(2), [make_sequence()] * 2)
     assert draws.fetch()[1] == {}
-    scheduled = ScheduledSequence(make_sequence(), 0, 3, [])
+    scheduled = ScheduledSequence(make_sequence(), 0, 3, [], 0)
     hidden_TD = torch.zeros(3, 4)
     assert PromptLogprobs.compute(ScheduledStep([scheduled]), hidden_TD, forbidden) is None  # type: ignore[arg-type]
 
@@ -124,10 +124,10 @@ def test_prompts_in_blocks_of_rows() -> None:
     asking[1].num_once_computed = 70
     step = ScheduledStep(
         [
-            ScheduledSequence(decoding, 0, 1, []),
-            ScheduledSequence(asking[2], 0, 30, []),
-            ScheduledSequence(asking[0], 10, 150, []),
-            ScheduledSequence(asking[1], 60, 30, []),
+            ScheduledSequence(decoding, 0, 1, [], 0),
+            ScheduledSequence(asking[2], 0, 30, [], 0),
+            ScheduledSequence(asking[0], 10, 150, [], 0),
+            ScheduledSequence(asking[1], 60, 30, [], 0),
         ]
     )
     logits_TV = random_logits(1 + 30 + 150 + 30)
@@ -156,9 +156,9 @@ def test_the_last_token_of_a_prompt_predicts_no_more_of_it() -> None:
         (1, 1, range(1, 2)),
         (2, 1, range(2, 2)),
     ):
-        assert ScheduledSequence(sequence, start, num_tokens, []).prompt_positions == expected
+        assert ScheduledSequence(sequence, start, num_tokens, [], 0).prompt_positions == expected
     sequence.append(7)
-    assert not ScheduledSequence(sequence, 3, 1, []).prompt_positions
-    assert ScheduledSequence(sequence, 0, 4, []).prompt_positions == range(0, 2)
+    assert not ScheduledSequence(sequence, 3, 1, [], 0).prompt_positions
+    assert ScheduledSequence(sequence, 0, 4, [], 0).prompt_positions == range(0, 2)
     sequence.num_once_computed = 1
-    assert ScheduledSequence(sequence, 0, 4, []).prompt_positions == range(1, 2)
+    assert ScheduledSequence(sequence, 0, 4, [], 0).prompt_positions == range(1, 2)

@@ -1,10 +1,11 @@
 """What each observation does to which series."""
 
 import re
+from typing import Any
 
 import pytest
 
-from bezel.engine.messages import EngineInfo, FinishReason, StepStats
+from bezel.engine.messages import EngineInfo, FinishReason, PrefixStats, StepStats
 from bezel.engine.metrics import Metrics
 
 KINDS = {
@@ -12,6 +13,8 @@ KINDS = {
     "num_requests_waiting": "gauge",
     "kv_pages_used": "gauge",
     "kv_pages_total": "gauge",
+    "kv_pages_cached": "gauge",
+    "prefix_cache_checkpoints": "gauge",
     "kv_held_bytes": "gauge",
     "kv_cache_usage_ratio": "gauge",
     "engine_step_age_seconds": "gauge",
@@ -19,6 +22,9 @@ KINDS = {
     "generation_tokens_total": "counter",
     "num_preemptions_total": "counter",
     "request_success_total": "counter",
+    "prefix_cache_queries_total": "counter",
+    "prefix_cache_hits_total": "counter",
+    "prefix_cache_evictions_total": "counter",
     "engine_restarts_total": "counter",
     "http_requests_total": "counter",
     "time_to_first_token_seconds": "histogram",
@@ -68,7 +74,7 @@ def samples(metrics: Metrics) -> dict[str, float]:
     return values
 
 
-def stats(**changes: float) -> StepStats:
+def stats(**changes: Any) -> StepStats:
     values = {
         "num_running": 3,
         "num_waiting": 4,
@@ -77,6 +83,7 @@ def stats(**changes: float) -> StepStats:
         "num_prefill_tokens": 100,
         "num_decode_tokens": 2,
         "num_preemptions": 1,
+        "prefix": PrefixStats(),
         "step_seconds": 0.0042,
     }
     return StepStats(**(values | changes))
@@ -124,6 +131,33 @@ def test_counters_add_up_over_steps(metrics: Metrics) -> None:
     assert values["num_preemptions_total"] == 1
     assert values["step_duration_seconds_count"] == 2
     assert values["step_duration_seconds_sum"] == pytest.approx(0.0084)
+
+
+def test_the_prefix_cache_is_told_in_totals(metrics: Metrics) -> None:
+    first = PrefixStats(
+        local_pages=3,
+        global_pages=2,
+        num_checkpoints=4,
+        num_evicted=1,
+        num_queried_tokens=100,
+        num_hit_tokens=64,
+    )
+    metrics.observe_step(stats(prefix=first))
+    metrics.observe_step(stats(prefix=first))
+    # An engine that was started anew counts from zero.
+    restarted = PrefixStats(num_queried_tokens=30, num_hit_tokens=0)
+    metrics.observe_step(stats(prefix=restarted))
+    values = samples(metrics)
+    assert values["prefix_cache_queries_total"] == 130
+    assert values["prefix_cache_hits_total"] == 64
+    assert values["prefix_cache_evictions_total"] == 1
+    assert values['kv_pages_cached{kind="local"}'] == 0
+    metrics.observe_step(stats(prefix=first))
+    values = samples(metrics)
+    assert values['kv_pages_cached{kind="local"}'] == 3
+    assert values['kv_pages_cached{kind="global"}'] == 2
+    assert values["prefix_cache_checkpoints"] == 4
+    assert values["prefix_cache_hits_total"] == 128
 
 
 def test_buckets_tell_milliseconds_apart(metrics: Metrics) -> None:

@@ -14,7 +14,7 @@ def layout(window: int) -> KVLayout:
 
 
 @pytest.mark.parametrize(
-    ("window", "bound", "ring"), [(512, 33, 64), (1024, 65, 128), (5, 2, 2), (17, 3, 4)]
+    ("window", "bound", "ring"), [(512, 33, 64), (1024, 65, 128), (5, 2, 8), (17, 3, 8)]
 )
 def test_bound_and_ring(window: int, bound: int, ring: int) -> None:
     assert layout(window).max_local_pages == bound
@@ -35,7 +35,7 @@ def test_any_chunks_stay_within_the_bound_and_keep_the_window(
     for chunk in chunks:
         end = start + chunk
         before = pool.used
-        missing = tables.num_missing(start, end)
+        missing = tables.num_missing(start, end, pool)
         tables.extend(start, end, pool)
         assert pool.used == before + missing == tables.held
         assert tables.held.local <= shape.max_local_pages

@@ -1,4 +1,4 @@
-"""Random traffic through the scheduler: nothing lost, nothing shared, every window readable.
+"""Random traffic through the scheduler: nothing lost, nothing mixed up, every window readable.
 
 The last test keeps a model of the cache's content, slot by slot, and checks that each step would
 read exactly the tokens its attention needs, in the order in which layers read and write.
@@ -7,6 +7,7 @@ read exactly the tokens its attention needs, in the order in which layers read a
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import msgspec
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,10 +28,16 @@ TOKEN, EOS = 5, 1
 
 
 def make_scheduler(
-    window: int = 32, num_sectors: int = 20, budget: int = 64, max_num_seqs: int = 4
+    window: int = 32,
+    num_sectors: int = 20,
+    budget: int = 64,
+    max_num_seqs: int = 4,
+    caching: bool = False,
 ) -> Scheduler:
     layout = KVLayout(window, 8, 32, local_page_bytes=24, global_page_bytes=32)
-    config = EngineConfig(max_num_batched_tokens=budget, max_num_seqs=max_num_seqs)
+    config = EngineConfig(
+        max_num_batched_tokens=budget, max_num_seqs=max_num_seqs, enable_prefix_caching=caching
+    )
     return Scheduler(config, PagePool(layout, num_sectors * layout.sector_bytes))
 
 
@@ -242,13 +249,22 @@ def test_abort_in_every_phase() -> None:
     assert scheduler.finish("p", FinishReason.ABORT) is None, "only one ending each"
 
 
+Text = tuple[str, int]
+
+
+def text_at(sequence: Sequence, position: int) -> Text:
+    """Salt and text up to a position, for comparisons."""
+    return sequence.params.cache_salt, hash(tuple(sequence.token_ids[: position + 1]))
+
+
 @dataclass
 class CacheModel:
-    """Which (sequence, position) stands at which slot, per kind."""
+    """What stands at which slot, per kind: keys and values of a token depend on all text up to it,
+    and on nothing else."""
 
     layout: KVLayout
-    local: dict[int, tuple[str, int]] = field(default_factory=dict)
-    global_: dict[int, tuple[str, int]] = field(default_factory=dict)
+    local: dict[int, Text] = field(default_factory=dict)
+    global_: dict[int, Text] = field(default_factory=dict)
 
     def run(self, step: ScheduledStep) -> None:
         batch = Batch.build(step, self.layout, torch.device("cpu"))
@@ -274,24 +290,23 @@ class CacheModel:
         bounds = pairwise(offsets)
         return [(s, slice(*b)) for s, b in zip(step.sequences, bounds, strict=True)]
 
-    def _write(
-        self, cache: dict[int, tuple[str, int]], s: ScheduledSequence, slots: list[int]
-    ) -> None:
+    def _write(self, cache: dict[int, Text], s: ScheduledSequence, slots: list[int]) -> None:
         for position, slot in zip(range(s.start, s.end), slots, strict=True):
             if slot != NO_SLOT:
-                cache[slot] = (s.sequence.request_id, position)
+                cache[slot] = text_at(s.sequence, position)
 
     def _check_local(self, s: ScheduledSequence, last: int, table: list[int]) -> None:
         size = self.layout.local_page_size
         for position in range(max(0, s.start - self.layout.window + 1), last):
             page = table[position // size % len(table)]
-            assert self.local[page * size + position % size] == (s.sequence.request_id, position)
+            slot = page * size + position % size
+            assert self.local[slot] == text_at(s.sequence, position)
 
     def _check_global(self, s: ScheduledSequence, table: list[int]) -> None:
         size = self.layout.global_page_size
         for position in range(s.end):
             slot = table[position // size] * size + position % size
-            assert self.global_[slot] == (s.sequence.request_id, position)
+            assert self.global_[slot] == text_at(s.sequence, position)
 
 
 OPERATIONS = st.lists(
@@ -305,29 +320,46 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=150, deadline=None)
+def distinct_pages(sequences: list[Sequence]) -> PageCount:
+    """Pages held by any of the sequences."""
+    tables = [sequence.pages for sequence in sequences]
+    local = {page for table in tables for page in table.local_pages()}
+    return PageCount(len(local), len({page for table in tables for page in table.global_table}))
+
+
+@settings(max_examples=200, deadline=None)
 @given(
     window=st.sampled_from([2, 5, 8, 9, 32, 40]),
     budget=st.sampled_from([4, 7, 40, 500]),
     num_sectors=st.integers(5, 14),
+    caching=st.booleans(),
     operations=OPERATIONS,
 )
 def test_random_traffic(
-    window: int, budget: int, num_sectors: int, operations: list[tuple[str, int, int]]
+    window: int,
+    budget: int,
+    num_sectors: int,
+    caching: bool,
+    operations: list[tuple[str, int, int]],
 ) -> None:
-    scheduler = make_scheduler(window, num_sectors, budget, max_num_seqs=4)
+    scheduler = make_scheduler(window, num_sectors, budget, max_num_seqs=4, caching=caching)
     pool, layout = scheduler.pool, scheduler.pool.layout
     capacity = num_sectors * layout.sector_bytes
     cache = CacheModel(layout)
     alive: dict[str, Sequence] = {}
     ended: list[str] = []
 
-    def check() -> None:
+    def check(mid_step: bool = False) -> None:
         pool.check_integrity()
         held = [sequence.pages.held for sequence in alive.values()]
-        assert pool.used == sum(held, PageCount(0, 0))
+        assert pool.used - pool.idle == distinct_pages(list(alive.values()))
+        if not caching:
+            assert pool.used == sum(held, PageCount(0, 0))
         assert layout.num_bytes(pool.used) <= capacity
-        assert all(h.local <= layout.max_local_pages for h in held)
+        slack = layout.global_page_size // layout.local_page_size if caching else 0
+        # In the middle of a step there are also pages that it reads and that nobody may reuse.
+        most = layout.max_local_pages * (2 if caching and mid_step else 1) + slack
+        assert all(h.local <= most for h in held)
         assert len(ended) == len(set(ended))
         for queue in (scheduler.waiting, scheduler.running):
             assert queue == sorted(queue, key=lambda sequence: sequence.rank)
@@ -335,7 +367,7 @@ def test_random_traffic(
     def step(token_id: int) -> None:
         scheduled = scheduler.schedule()
         assert 0 < scheduled.num_tokens <= budget
-        check()
+        check(mid_step=True)
         cache.run(scheduled)
         for sequence in scheduler.commit(scheduled, [token_id] * len(scheduled.sampled)):
             if sequence.finish_reason is not None:
@@ -349,6 +381,11 @@ def test_random_traffic(
             if layout.num_sectors(total) > num_sectors:
                 continue  # what the front end refuses: longer than max_model_len
             sequence = make_sequence(scheduler, f"s{i}", first, second, priority=first % 3)
+            # Some begin alike and go different ways, some may share nothing.
+            branch = 7 * second
+            sequence.token_ids[branch:] = [6 + second % 3] * len(sequence.token_ids[branch:])
+            salted = msgspec.structs.replace(sequence.params, cache_salt=str(first % 2))
+            sequence.params = salted
             alive[sequence.request_id] = sequence
             scheduler.add(sequence)
         elif kind == "abort" and alive:
@@ -366,4 +403,7 @@ def test_random_traffic(
             break
         step(TOKEN)
     assert not alive and not scheduler.has_work, "everything accepted ends"
-    assert pool.used == PageCount(0, 0)
+    assert pool.used == pool.idle
+    while scheduler.sharing.cache.evict():
+        pool.check_integrity()
+    assert pool.used == PageCount(0, 0), "blocks stay without a checkpoint below them"

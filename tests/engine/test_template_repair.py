@@ -58,6 +58,12 @@ def test_calls_follow_on_answers_within_the_turn(template: ChatTemplate) -> None
     )
 
 
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_white_space_before_calls_is_no_text(template: ChatTemplate, content: str) -> None:
+    messages = [USER, {**CALLS, "content": content}, answer("add", "5")]
+    assert template.render(messages, True, {}) == BEGIN.replace("Let me see.", "")
+
+
 def test_calls_at_once_have_one_text_before_them(template: ChatTemplate) -> None:
     calls = [call("add", {}, "1"), call("mul", {}, "2")]
     messages = [

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from bezel.server.gemma_call import CallReader
 
 QUOTE = '<|"|>'
+LONG = "f" * 65
 
 TEXT = st.text(max_size=12) | st.text("{}[]():,=\"'\\ \n\t0a", max_size=12)
 STRINGS = TEXT.filter(lambda text: QUOTE not in text)
@@ -164,6 +165,7 @@ def test_a_call_cut_off_is_the_beginning_of_the_whole(text: str) -> None:
         ('call:f{"a:b":"c\\nd\\u00e9","e":[true]}', [("f", '{"a:b":"c\\ndé","e":[true]}')]),
         ("call:f{'a': 'it\\'s \"x\"'}", [("f", '{"a":"it\'s \\"x\\""}')]),
         ('call:f{a:"say \\"hi\\" \\\\"}', [("f", '{"a":"say \\"hi\\" \\\\"}')]),
+        ('call:f{a:"two\nlines\\t"}', [("f", '{"a":"two\\nlines\\t"}')]),
         ('call:f{a:"wrong \\q"}', [("f", '{"a":"wrong \\\\q"}')]),
         ('call:f{a:"half \\ud83d"}', [("f", '{"a":"half \\\\ud83d"}')]),
         ("call:f{a:True,b:False,c:None}", [("f", '{"a":true,"b":false,"c":null}')]),
@@ -190,6 +192,7 @@ def test_a_call_cut_off_is_the_beginning_of_the_whole(text: str) -> None:
         ('{"name":"f","arguments":{"a":[1,"x"]}}', [("f", '{"a":[1,"x"]}')]),
         ('{"name": "f", "parameters": {}}', [("f", "{}")]),
         ('{"name":"f","arguments":"{\\"a\\":1}"}', [("f", '{"a":1}')]),
+        ('{"name":"f","arguments":{}}call:g{a:1}', [("f", "{}"), ("g", '{"a":1}')]),
         ('{name:<|"|>f<|"|>,arguments:{a:1}}', [("f", '{"a":1}')]),
         ('call:f{a:<|"|>x<|"|>b:1}', [("f", '{"a":"x","b":1}')]),
         ('call:f{l:[<|"|>x<|"|><|"|>y<|"|>]}', [("f", '{"l":["x","y"]}')]),
@@ -231,12 +234,13 @@ def test_read_as(text: str, calls: list[tuple[str, str]]) -> None:
         ("call:{a:1}", 0, "call:{a:1}"),
         ('call:a.b{c:<|"|>d<|"|>}', 0, 'call:a.b{c:"d"}'),
         ("call:é{}", 0, "call:é{}"),
-        ("call:" + "f" * 65 + "{}", 0, "call:" + "f" * 65 + "{}"),
+        (f"call:{LONG}{{}}", 0, f"call:{LONG}{{}}"),
         ('<|"|>f{}', 0, '"f{}'),
         ("[1]", 0, "[1]"),
         ("({})", 0, "({})"),
         ('{"a":1}', 0, '{"a":1}'),
         ('{"name":"a.b","arguments":{}} x', 0, '{"name":"a.b","arguments":{}} x'),
+        (f'{{"name":"{LONG}","arguments":{{}}}}', 0, f'{{"name":"{LONG}","arguments":{{}}}}'),
         ('{"name":"f","arguments":[<|"|>x<|"|>]}', 0, '{"name":"f","arguments":["x"]}'),
         ('{"name":"f","arguments":{"a":1e999}}', 0, '{"name":"f","arguments":{"a":1e999}}'),
         ('{"name":"f","arguments":"{\\"a\\":\\"\\\\ud83d\\"}"}', 0, None),
@@ -251,6 +255,13 @@ def test_no_call(text: str, num_calls: int, rejected: str | None) -> None:
     calls, text_left = read(text)
     assert len(calls) == num_calls
     assert text_left == (text if rejected is None else rejected)
+
+
+def test_what_can_t_become_a_call_isn_t_withheld() -> None:
+    for text in (LONG, "call me maybe"[:9], "\n" * 28):
+        reading = Reading()
+        reading.read(text)
+        assert reading.reader.rejected == text
 
 
 def test_nothing_is_withheld_without_need() -> None:

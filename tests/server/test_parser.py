@@ -129,7 +129,7 @@ MALFORMED: dict[str, tuple[str, str, str, list[tuple[str, str]]]] = {
         *("", "Hm.", [("f", "{}")]),
     ),
     "thought closed by the turn": ("<|channel>thought\nHm.<turn|>", "", "Hm.", []),
-    "thought closed by eos": ("<|channel>thought\nHm.<eos>", "", "Hm.", []),
+    "thought closed by eos": ("<|channel>thought\nHm.<eos>Yes.", "Yes.", "Hm.", []),
     "thought opened twice": (
         "<|channel>thought\nA<|channel>thought\nB<channel|>C",
         *("C", "AB", []),
@@ -139,6 +139,7 @@ MALFORMED: dict[str, tuple[str, str, str, list[tuple[str, str]]]] = {
     "thoughtful thought": ("<|channel>thoughtful<channel|>Yes.", "Yes.", "thoughtful", []),
     "name of the channel alone": ("<|channel>thought<channel|>Yes.", "Yes.", "", []),
     "name of the channel cut off": ("<|channel>thou", "", "", []),
+    "name that goes on otherwise": ("<|channel>thou𐍈<channel|>", "", "thou𐍈", []),
     "name with two line breaks": ("<|channel>thought\n\nHm.<channel|>", "", "\nHm.", []),
     "channel without anything": ("<|channel><channel|>Yes.", "Yes.", "", []),
     "closed thought that wasn't open": ("<channel|>Yes.", "Yes.", "", []),
@@ -149,6 +150,7 @@ MALFORMED: dict[str, tuple[str, str, str, list[tuple[str, str]]]] = {
     ),
     "empty thought without its opening": ("thought\n<channel|>Yes.", "Yes.", "", []),
     "name without line break or opening": ("thought<channel|>Yes.", "Yes.", "", []),
+    "name and line breaks without opening": ("thought\n\n<channel|>Yes.", "Yes.", "", []),
     "word that looks like the name": ("thought\nnotion\nidea", "thought\nnotion\nidea", "", []),
     "only the word": ("thought", "thought", "", []),
     "end of a call in a thought": (
@@ -204,8 +206,8 @@ MALFORMED: dict[str, tuple[str, str, str, list[tuple[str, str]]]] = {
         *("Yes.", "Hm.", [("f", '{"a":1}')]),
     ),
     "call ended by the end of a thought": (
-        "<|tool_call>call:f{a:1}<channel|>Yes.",
-        *("Yes.", "", [("f", '{"a":1}')]),
+        '<|tool_call>call:f{a:<|"|>b<channel|>Yes.',
+        *("Yes.", "", [("f", '{"a":"b"}')]),
     ),
     "call in two calls' place": (
         "<|tool_call>call:f{}call:g{}<tool_call|>",
@@ -219,6 +221,11 @@ MALFORMED: dict[str, tuple[str, str, str, list[tuple[str, str]]]] = {
         '<|tool_call>call:f{a:<|"|>b}<tool_call|>',
         *("", "", [("f", '{"a":"b}"}')]),
     ),
+    "string left open after a character in bytes": (
+        '<|tool_call>call:f{a:<|"|>𐍈<tool_call|>',
+        *("", "", [("f", '{"a":"𐍈"}')]),
+    ),
+    "quoted text instead of a call": ('<|tool_call>𐍈<|"|><tool_call|>', '𐍈"', "", []),
     "quoted keys": ('<|tool_call>call:f{"a":1,<|"|>b<|"|>:2}', "", "", [("f", '{"a":1,"b":2}')]),
     "image in a string": (
         '<|tool_call>call:f{a:<|"|>b<|image|>c<|"|>}<tool_call|>',
@@ -289,6 +296,8 @@ def test_spelled_markers_are_text(tokenizer: Tokenizer, spelled: str) -> None:
         (PROMPT + "<|tool_response>", "", ""),
         (PROMPT + "<|channel>thought\n<|tool_response>", "", ""),
         (PROMPT + "<|channel>thought\nHm.<turn|>\n<|turn>model\n", "A B", ""),
+        (PROMPT + "<|channel>thought\nHm.<turn|>\n", "A B", ""),
+        (PROMPT + "<|channel>thought\nHm.<eos>", "A B", ""),
     ],
     ids=str,
 )
@@ -307,6 +316,7 @@ def test_first_state(tokenizer: Tokenizer, prompt: str, content: str, reasoning:
         ("<|channel>thought\n", "thought\nA", "thought\nA"),
         ("<|channel>thought\n", "<|channel>thought\nA", "A"),
         ("<|channel>", "A", "A"),
+        ("<|channel>analyze", "\nA", "\nA"),
     ],
 )
 def test_name_of_the_channel_partly_in_the_prompt(
@@ -336,6 +346,18 @@ def test_thought_without_its_opening(
 ) -> None:
     answer = parse(tokenizer, stream, prompt=prompt)
     assert (answer.content, answer.reasoning) == (content, reasoning)
+
+
+@pytest.mark.parametrize("prompt", [PROMPT_NO_THOUGHT, PROMPT + AFTER_TOOL])
+def test_an_empty_thought_without_its_opening(tokenizer: Tokenizer, prompt: str) -> None:
+    answer = parse(tokenizer, "thought\n<channel|>Yes.", prompt=prompt)
+    assert (answer.content, answer.reasoning) == ("Yes.", "")
+
+
+def test_names_are_waited_for_no_longer_than_they_are(tokenizer: Tokenizer) -> None:
+    parser = chat_parser(tokenizer, skip_special_tokens=False)
+    ids = tokenizer.encode("<unused0>" * 20, False)
+    assert parser.push(ids).content == "<unused0>" * 20
 
 
 def test_a_continued_answer_may_be_about_thought(tokenizer: Tokenizer) -> None:
@@ -393,6 +415,7 @@ def test_pieces_come_as_soon_as_they_are_certain(tokenizer: Tokenizer) -> None:
         ("A STOP<|channel>thought\nB<|tool_call>call:f{}<tool_call|>", "A ", "", 0, "STOP"),
         ("A ST<|tool_call>call:f{}<tool_call|>OP", "A STOP", "", 1, None),
         ("A ST<channel|>OP B", "A ", "", 0, "STOP"),
+        ("A ST<turn|>OP B", "A ", "", 0, "STOP"),
         ("<|tool_call>STOP it<tool_call|>", "", "", 0, "STOP"),
         ("A <|tool_call>call:f{}<tool_call|> STOP B", "A  ", "", 1, "STOP"),
         ('A <|"|>B', "A ", "", 0, '"B'),
@@ -420,6 +443,12 @@ def test_nothing_comes_after_a_stop_string(tokenizer: Tokenizer) -> None:
     assert parser.push(tokenizer.encode("A STOP", False)).content == "A "
     rest = "B<|channel>thought\nC<channel|>D<|tool_call>call:f{}<tool_call|><|turn>E"
     assert collect(parser, [tokenizer.encode(rest, False)]) == Answer(matched_stop="STOP")
+
+
+def test_a_stop_string_may_be_found_where_content_ends(tokenizer: Tokenizer) -> None:
+    stream = 'hello<|channel>thought\nA<|"|>B<|tool_call>call:f{}<tool_call|>C'
+    answer = parse(tokenizer, stream, stop=["lo", "hello you"])
+    assert answer == Answer(content="hel", matched_stop="lo")
 
 
 def test_special_tokens_are_shown_when_asked_for_but_markers_never(tokenizer: Tokenizer) -> None:

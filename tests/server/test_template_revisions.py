@@ -375,7 +375,7 @@ WELL_FORMED = re.compile(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(messages=conversations(), thinking=st.booleans())
 def test_prompts_are_well_formed(messages: list[dict[str, Any]], thinking: bool) -> None:
     for template in TEMPLATES:
