@@ -53,6 +53,12 @@ class EngineConfig:
     enable_prefix_caching: bool = option(
         True, "Keep keys and values of prompts that may come again, as long as there is room"
     )
+    prefix_cache_memory_bytes: int | None = option(
+        None,
+        "Most bytes of KV pages that are kept only for prompts that may come again [default: all "
+        "on a GPU, on a CPU an eighth]",
+        type="bytes",
+    )
     seed: int = option(0, "Seed of requests that bring none of their own")
 
     def __post_init__(self) -> None:

@@ -43,7 +43,7 @@ class Engine:
         self.checkpoint = checkpoint or resolve_checkpoint(config.model)
         self.runner = ModelRunner(config, self.checkpoint)
         self.pool = PagePool(self.runner.layout, self.runner.arena_bytes)
-        self.scheduler = Scheduler(config, self.pool)
+        self.scheduler = Scheduler(config, self.pool, self._prefix_cache_bytes())
         vocab_size = self.runner.model_config.vocab_size
         suppressed = self.checkpoint.generation_config.get("suppress_tokens") or []
         self.sampler = Sampler(suppressed, vocab_size)
@@ -53,6 +53,12 @@ class Engine:
             token_id for token_id in eos_token_ids(self.checkpoint) if token_id < vocab_size
         )
         self._num_added = 0
+
+    def _prefix_cache_bytes(self) -> int | None:
+        """A CPU's memory is other programs' too: pages are taken from it as they are used."""
+        if self.config.prefix_cache_memory_bytes is not None or self.runner.device.type != "cpu":
+            return self.config.prefix_cache_memory_bytes
+        return self.runner.arena_bytes // 8
 
     @property
     def info(self) -> EngineInfo:

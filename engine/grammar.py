@@ -48,9 +48,7 @@ class GrammarCompiler:
         known = backend.get_vocab_size()
         eos = sorted(i for i in eos_token_ids if i < min(known, vocab_size))
         # llguidance won't do without an end token; without any of ours it is masked out below.
-        self._tokenizer = LLTokenizer(
-            _without_tags(backend), n_vocab=max(known, vocab_size), eos_token=eos or None
-        )
+        self._tokenizer = LLTokenizer(_without_tags(backend), n_vocab=known, eos_token=eos or None)
         self._limits = LLParserLimits(verbose_errors=False)
         self._eos_token_ids = frozenset(eos)
         self._never = _words_of(self._tokenizer.vocab_size)

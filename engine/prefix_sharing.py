@@ -13,12 +13,16 @@ from bezel.engine.sequence import Sequence
 
 
 class PrefixSharing:
-    """The prefix cache as the scheduler sees it; if it isn't `enabled` every text is new."""
+    """The prefix cache as the scheduler sees it; if it isn't `enabled` every text is new.
 
-    def __init__(self, pool: PagePool, enabled: bool) -> None:
+    Pages that only the cache holds take no more than `max_idle_bytes`, if that is given.
+    """
+
+    def __init__(self, pool: PagePool, enabled: bool, max_idle_bytes: int | None = None) -> None:
         self.cache = PrefixCache(pool)
         self._pool = pool
         self.is_enabled = enabled
+        self._max_idle_bytes = max_idle_bytes
         self._size = pool.layout.global_page_size
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
@@ -108,6 +112,14 @@ class PrefixSharing:
             self.cache.leave(sequence.block)
         sequence.block = sequence.last_checkpoint = None
         sequence.branch = 0
+
+    def trim(self) -> None:
+        """Keep what only the cache holds within its limit."""
+        if self._max_idle_bytes is None:
+            return
+        layout = self._pool.layout
+        while layout.num_bytes(self._pool.idle) > self._max_idle_bytes and self.cache.evict():
+            pass
 
     def make_room(self, wanted: PageCount) -> bool:
         """Evict until `wanted` pages can be allocated; False if that can't be had so."""

@@ -76,12 +76,14 @@ class ScheduledStep:
 class Scheduler:
     """Owns the queues and the page pool. Every added sequence leaves by `finish` or `commit`."""
 
-    def __init__(self, config: EngineConfig, pool: PagePool) -> None:
+    def __init__(
+        self, config: EngineConfig, pool: PagePool, prefix_cache_bytes: int | None = None
+    ) -> None:
         self._max_num_seqs = config.max_num_seqs
         self._token_budget = config.max_num_batched_tokens
         self._max_chunk = config.long_prefill_token_threshold or self._token_budget
         self.pool = pool
-        self.sharing = PrefixSharing(pool, config.enable_prefix_caching)
+        self.sharing = PrefixSharing(pool, config.enable_prefix_caching, prefix_cache_bytes)
         # Both in the order of ranks.
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -144,6 +146,7 @@ class Scheduler:
             if reason is not None:
                 _remove(sequence, self.running)
                 self._end(sequence, reason)
+        self.sharing.trim()
         return sampled
 
     def _schedule_running(

@@ -56,7 +56,7 @@ _STRICT_ONLY = frozenset({"pattern", "patternProperties"})
 _EMPTY = {"uniqueItems": False, "unevaluatedProperties": True, "unevaluatedItems": True}
 
 _MAX_DEPTH = 48
-_MAX_COMPARED = 50  # alternatives, each with each
+_MAX_COMPARED = 100  # alternatives, each with each
 _MAX_SCHEMAS = 20_000
 
 
@@ -112,14 +112,16 @@ class _Reader:
                 raise self._problem(place, f"{keyword!r:.100} can't be enforced.")
         if "properties" in result and not self._combines and "minProperties" not in result:
             result.setdefault("additionalProperties", False)
-        if "oneOf" in result and "anyOf" not in result and self._are_exclusive(schema["oneOf"]):
+        if "oneOf" in result and "anyOf" not in result:
+            variants = schema["oneOf"]
+            if self._is_strict and not self._are_exclusive(variants):
+                message = "'oneOf' can't be enforced, a value might fit two of them; 'anyOf' can."
+                raise self._problem(f"{pointer}/oneOf", message)
             result["anyOf"] = result.pop("oneOf")
         return _with_null(result) if schema.get("nullable") is True else result
 
     def _are_exclusive(self, variants: list[Any]) -> bool:
         """Whether no value fits two of them, so that one of them is any of them."""
-        if not self._is_strict:
-            return True
         if len(variants) > _MAX_COMPARED:
             return False
         pairs = [(one, other) for i, one in enumerate(variants) for other in variants[:i]]

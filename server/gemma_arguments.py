@@ -53,8 +53,8 @@ class ArgumentsReader:
         self._levels = [_Level("}" if opener == "{" else ")", "}")]
         self._json = ["{"]
         self._state: Callable[[str], None] = self._key
-        # The key or value that isn't complete.
-        self._text = ""
+        # Characters of the key or value that isn't complete.
+        self._chars: list[str] = []
         self._plain_quote = ""
         self._is_plain_key = False
         self._is_escaped = False
@@ -105,24 +105,24 @@ class ArgumentsReader:
         elif char == ",":
             self._end_item()
         elif char == _QUOTE:
-            if not self._text:  # after a word it is a stray one
+            if not self._chars:  # after a word it is a stray one
                 self._state = self._quoted_key
         elif level := self._level_closed_by(char):
             self._close(level)
-        elif self._text:
-            self._text += char
+        elif self._chars:
+            self._chars.append(char)
         elif char == "{":
             self._levels.append(_Level("}", "", self._levels[-1].is_empty))
         elif char in "\"'":
             self._begin_plain(char, is_key=True)
         elif not char.isspace():
-            self._text = char
+            self._chars.append(char)
 
     def _quoted_key(self, char: str) -> None:
         if char == _QUOTE:
             self._state = self._after_key
         else:
-            self._text += char
+            self._chars.append(char)
 
     def _after_key(self, char: str) -> None:
         if char in self._separators:
@@ -140,26 +140,26 @@ class ArgumentsReader:
             self._end_item()
         elif level := self._level_closed_by(char):
             self._close(level)
-        elif char == _QUOTE and self._text:  # that of the beginning is missing
-            self._add_value(_to_json(self._text.rstrip()))
+        elif char == _QUOTE and self._chars:  # that of the beginning is missing
+            self._add_value(_to_json(self._take_text().rstrip()))
         elif char == _QUOTE:
             self._add_value('"')
             self._in_string = True
-        elif self._text:
-            self._text += char
+        elif self._chars:
+            self._chars.append(char)
         elif char in "{[":
             self._open(char)
         elif char in "\"'":
             self._begin_plain(char, is_key=False)
         elif not char.isspace():
-            self._text = char
+            self._chars.append(char)
 
     def _plain(self, char: str) -> None:
         """In a string between ordinary quotes, where a backslash takes the next one's meaning."""
         if char == _QUOTE or (char == self._plain_quote and not self._is_escaped):
             self._end_plain()
         else:
-            self._text += char
+            self._chars.append(char)
             self._is_escaped = char == "\\" and not self._is_escaped
 
     def _after(self, char: str) -> None:
@@ -172,33 +172,35 @@ class ArgumentsReader:
             self._state(char)
 
     def _begin_item(self) -> None:
-        self._text = ""
         self._state = self._value if self._is_in_array() else self._key
 
     def _end_item(self) -> None:
         """Complete the key or value that has begun, if one has."""
         if self._state == self._value:
-            if self._text:
-                self._add_value(_word(self._text.rstrip()))
+            if self._chars:
+                self._add_value(_word(self._take_text().rstrip()))
             elif not self._is_in_array():
                 self._add_value("null")
-        elif self._text or self._state == self._after_key:
+        elif self._chars or self._state == self._after_key:
             self._end_key()
             self._add_value("null")
         self._begin_item()
 
     def _end_key(self) -> None:
         self._add_comma()
-        self._json.append(_to_json(self._text.rstrip()) + ":")
-        self._text = ""
+        self._json.append(_to_json(self._take_text().rstrip()) + ":")
         self._state = self._value
 
     def _add_value(self, value: str) -> None:
         if self._is_in_array():
             self._add_comma()
         self._json.append(value)
-        self._text = ""
         self._state = self._after
+
+    def _take_text(self) -> str:
+        text = "".join(self._chars)
+        self._chars.clear()
+        return text
 
     def _add_comma(self) -> None:
         if not self._levels[-1].is_empty:
@@ -239,9 +241,9 @@ class ArgumentsReader:
         self._state = self._plain
 
     def _end_plain(self) -> None:
-        text = _unescaped(self._text, self._plain_quote)
+        text = _unescaped(self._take_text(), self._plain_quote)
         if self._is_plain_key:
-            self._text = text
+            self._chars.append(text)
             self._state = self._after_key
         else:
             self._add_value(_to_json(text))

@@ -25,7 +25,7 @@ Names are what OpenAI lets a function be called: a client could not send others 
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from bezel.server.gemma_arguments import ArgumentsReader
 
@@ -73,7 +73,7 @@ class CallReader:
             else:
                 end = self._arguments.read(text, position)
                 if self._json_call is not None:
-                    self._json_call.source += text[position:end]
+                    self._json_call.source.append(text[position:end])
                 self._take(pieces)
                 position = end
         if self.rejected is not None:
@@ -87,7 +87,7 @@ class CallReader:
         pieces: list[CallPiece] = []
         self._arguments.quote()
         if self._json_call is not None:
-            self._json_call.source += '"'
+            self._json_call.source.append('"')
         self._take(pieces)
         return pieces
 
@@ -135,7 +135,7 @@ class CallReader:
             return True
         if opener == "{" and not self._header.strip():
             self._arguments = ArgumentsReader()
-            self._json_call = _JsonCall(source=self._header + opener)
+            self._json_call = _JsonCall([self._header + opener])
             return True
         return False
 
@@ -144,7 +144,7 @@ class CallReader:
         assert self._arguments is not None
         arguments = self._arguments.take()
         if self._json_call is not None:
-            self._json_call.json += arguments
+            self._json_call.json.append(arguments)
         elif arguments:
             pieces.append(CallPiece(None, arguments))
         if not self._arguments.is_complete:
@@ -152,7 +152,7 @@ class CallReader:
         if self._json_call is not None:
             call = self._json_call.understood()
             if call is None:
-                self.rejected = self._json_call.source
+                self.rejected = "".join(self._json_call.source)
             else:
                 pieces.append(call)
         self._arguments = self._json_call = None
@@ -164,12 +164,12 @@ class CallReader:
 class _JsonCall:
     """A call that is an object itself: as the model wrote it, and as JSON."""
 
-    source: str
-    json: str = ""
+    source: list[str]
+    json: list[str] = field(default_factory=list)
 
     def understood(self) -> CallPiece | None:
         try:
-            call = json.loads(self.json)
+            call = json.loads("".join(self.json))
             arguments = call.get("arguments", call.get("parameters"))
             if isinstance(arguments, str):
                 arguments = json.loads(arguments)

@@ -158,9 +158,14 @@ def test_nonsense_is_the_clients_mistake(grammar: str) -> None:
 
 def test_a_grammar_that_costs_too_much_ends_in_an_error_and_not_in_a_wait() -> None:
     state = compiler().compile('start: (("a"{1000}){1000}){1000}')
+    token_id = int(allowed_ids(state)[0])
     with pytest.raises(GrammarError):
-        for _ in range(50):
-            state.accept(int(allowed_ids(state)[0]))
+        state.accept(token_id)
+
+
+def test_where_no_token_leads_on_there_is_no_mask() -> None:
+    with pytest.raises(GrammarError):
+        allowed_ids(compiler().compile("start: start"))
 
 
 def test_a_thought_may_come_first() -> None:

@@ -33,12 +33,13 @@ def make_scheduler(
     budget: int = 64,
     max_num_seqs: int = 4,
     caching: bool = False,
+    cache_bytes: int | None = None,
 ) -> Scheduler:
     layout = KVLayout(window, 8, 32, local_page_bytes=24, global_page_bytes=32)
     config = EngineConfig(
         max_num_batched_tokens=budget, max_num_seqs=max_num_seqs, enable_prefix_caching=caching
     )
-    return Scheduler(config, PagePool(layout, num_sectors * layout.sector_bytes))
+    return Scheduler(config, PagePool(layout, num_sectors * layout.sector_bytes), cache_bytes)
 
 
 def make_sequence(
@@ -213,6 +214,22 @@ def test_a_sequence_without_a_draw_ends_in_an_error_alone() -> None:
     assert [s.num_output_tokens for s in sequences] == [1, 0, 1]
     assert set(plan(run_step(scheduler))) == {"a", "c"}
     scheduler.pool.check_integrity()
+
+
+def test_the_prefix_cache_keeps_to_its_limit() -> None:
+    scheduler = make_scheduler(num_sectors=200, caching=True, cache_bytes=1000)
+    layout = scheduler.pool.layout
+    most = 0
+    for i in range(12):
+        sequence = make_sequence(scheduler, f"s{i}", 60)
+        sequence.token_ids[:] = [i + 2] * 60
+        scheduler.add(sequence)
+        while scheduler.has_work:
+            run_step(scheduler)
+            idle_bytes = layout.num_bytes(scheduler.pool.idle)
+            assert idle_bytes <= 1000
+            most = max(most, idle_bytes)
+    assert most > 500
 
 
 def test_stop_tokens_lengths_and_min_tokens_end_a_sequence() -> None:

@@ -157,8 +157,9 @@ def test_a_minimum_of_properties_that_must_be_there_anyway_says_nothing() -> Non
 def test_one_of_alternatives_that_exclude_each_other_is_any_of_them() -> None:
     apart = {"oneOf": [{"type": "string"}, {"$ref": "#/$defs/n"}], "$defs": {"n": {"const": 1}}}
     assert "anyOf" in enforced_schema(apart, "p")
-    alike = {"oneOf": [{"type": "integer"}, {"type": "number"}]}
-    assert "oneOf" in enforced_schema(alike, "p")
+    alike = {"items": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}
+    assert "at #/items/oneOf: 'oneOf'" in refusal(alike)
+    assert "anyOf" in enforced_schema({"oneOf": [{"const": i} for i in range(100)]}, "p")
 
 
 def test_where_nobody_insists_what_can_not_be_enforced_is_left_out() -> None:

@@ -92,6 +92,13 @@ def impatient() -> Iterator[GrammarChecker]:
     checker.close()
 
 
+def test_who_has_no_time_gets_no_verdict() -> None:
+    checker = GrammarChecker(Vocabulary(), timeout_s=0)  # type: ignore[arg-type]
+    values = ", ".join(f'"{i}"' for i in range(20_000))
+    assert "more than 0 s" in flaw(checker, f'start: %json {{"enum": [{values}]}}')
+    checker.close()
+
+
 def test_a_bomb_ends_its_worker_and_nobody_else_waits(impatient: GrammarChecker) -> None:
     async def tick_meanwhile() -> tuple[str, int]:
         bombed, ticks = asyncio.create_task(flaw_of(impatient, BOMB)), 0

@@ -71,6 +71,12 @@ def test_nothing_fits_two_schemas_that_are_disjoint(first: Any, second: Any) -> 
         ({"anyOf": [{"type": "null"}, {"type": "array"}]}, {"type": "string"}, True),
         ({"anyOf": [{"type": "null"}, {"type": "string"}]}, {"type": "string"}, False),
         ({}, {"type": "string"}, False),
+        # Whatever isn't an object has no properties that could tell.
+        (
+            {"required": ["k"], "properties": {"k": {"const": 1}}},
+            {"required": ["k"], "properties": {"k": {"const": 2}}},
+            False,
+        ),
         ({"type": "string", "maxLength": 1}, {"type": "string", "minLength": 2}, False),
     ],
 )
