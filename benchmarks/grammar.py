@@ -27,8 +27,8 @@ from bezel.engine.tokenizer import Tokenizer
 from bezel.kernels.token_mask import apply_token_mask
 from bezel.server.chat import Thinking
 from bezel.server.control_tokens import ControlTokens
+from bezel.server.grammars.structured_output import output_grammar
 from bezel.server.schemas import ChatCompletionRequest
-from bezel.server.structured_output import output_grammar
 
 VOCAB_SIZE = 262_144
 EOS_TOKEN_IDS = frozenset({1, 106, 50})

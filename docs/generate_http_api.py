@@ -30,8 +30,8 @@ from bezel.server.app import create_app
 from bezel.server.chat import Thinking
 from bezel.server.config import ServerConfig
 from bezel.server.control_tokens import ControlTokens
-from bezel.server.enforced_schema import FORMATS
 from bezel.server.errors import DeadlineExceeded, GenerationFailed, ModelNotFound, problem_of
+from bezel.server.grammars.enforced_schema import FORMATS
 from bezel.server.responses.prompt import REFUSED
 from bezel.server.sampling import thinking_budget
 from bezel.server.schemas import ChatCompletionRequest, ChatMessage, Effort

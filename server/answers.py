@@ -17,7 +17,7 @@ from bezel.server.errors import Problem
 from bezel.server.events import sse_event
 from bezel.server.generation import Choice, Delta
 from bezel.server.logprobs import prompt_logprobs
-from bezel.server.parser import Parsed
+from bezel.server.parsing.parser import Parsed
 from bezel.server.schemas import GenerationRequest
 from bezel.server.version import SYSTEM_FINGERPRINT
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
 
-from bezel.server.parser import Parsed, ToolCallDelta
+from bezel.server.parsing.parser import Parsed, ToolCallDelta
 
 
 class BlockKind(Enum):

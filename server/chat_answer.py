@@ -7,7 +7,7 @@ from bezel.engine.tokenizer import Tokenizer
 from bezel.server.answers import Answer, Json
 from bezel.server.generation import Choice
 from bezel.server.logprobs import chat_logprobs
-from bezel.server.parser import Parsed, ToolCallDelta
+from bezel.server.parsing.parser import Parsed, ToolCallDelta
 from bezel.server.schemas import ChatCompletionRequest
 
 

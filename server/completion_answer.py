@@ -7,7 +7,7 @@ from bezel.engine.tokenizer import Tokenizer
 from bezel.server.answers import Answer, Json
 from bezel.server.generation import Choice
 from bezel.server.logprobs import CompletionLogprobs, prompt_text
-from bezel.server.parser import Parsed
+from bezel.server.parsing.parser import Parsed
 from bezel.server.schemas import CompletionRequest
 
 

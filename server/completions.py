@@ -24,7 +24,8 @@ from bezel.server.control_tokens import ControlTokens
 from bezel.server.disconnect import unless_disconnected
 from bezel.server.errors import json_response
 from bezel.server.generation import TextRequest, collect
-from bezel.server.parser import ChatParser, OutputParser, TextParser
+from bezel.server.grammars.structured_output import constrained_field, output_grammar
+from bezel.server.parsing.parser import ChatParser, OutputParser, TextParser
 from bezel.server.prompts import chat_prompt, completion_prompts
 from bezel.server.sampling import (
     sampling_params,
@@ -35,7 +36,6 @@ from bezel.server.sampling import (
 from bezel.server.schemas import ChatCompletionRequest, CompletionRequest, GenerationRequest
 from bezel.server.state import ServedModel, state_of
 from bezel.server.streaming import EventStream
-from bezel.server.structured_output import constrained_field, output_grammar
 
 # Up to here their JSON takes some milliseconds; that of a long echo must not hold up streams.
 _MAX_LOGPROBS_ON_LOOP = 256

@@ -17,7 +17,7 @@ from bezel.engine.messages import FinishReason, SequenceOutput, TokenLogprobs
 from bezel.engine.metrics import SequenceMetrics
 from bezel.engine.sampling_params import SamplingParams
 from bezel.server.errors import DeadlineExceeded, GenerationFailed
-from bezel.server.parser import OutputParser, Parsed
+from bezel.server.parsing.parser import OutputParser, Parsed
 from bezel.server.state import ServedModel, ServerState
 
 

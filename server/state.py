@@ -22,7 +22,7 @@ from bezel.server.config import ServerConfig
 from bezel.server.control_tokens import ControlTokens
 from bezel.server.engine_handle import EngineHandle
 from bezel.server.errors import ModelNotFound
-from bezel.server.grammars import GrammarChecker
+from bezel.server.grammars.checker import GrammarChecker
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import re
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from bezel.server.control_tokens import ControlTokens
-from bezel.server.grammar_worker import ByteVocabulary
+from bezel.server.grammars.worker import ByteVocabulary
 
 NAMES = {
     1: "<eos>",

@@ -29,6 +29,19 @@ from bezel.server.schemas import ChatCompletionRequest
 
 Json = dict[str, Any]
 
+# Fields of chat completions that the answer has no place for.
+_REFUSED = frozenset(
+    {
+        "n",
+        "logprobs",
+        "top_logprobs",
+        "prompt_logprobs",
+        "return_token_ids",
+        "stop",
+        "stream_options",
+    }
+)
+
 
 def chat_request(body: CountTokensRequest) -> ChatCompletionRequest:
     """The same request as a chat completion.
@@ -39,12 +52,19 @@ def chat_request(body: CountTokensRequest) -> ChatCompletionRequest:
     messages = [{"role": "system", "content": _joined(body.system)}] if body.system else []
     for i, message in enumerate(body.messages):
         messages += _chat_messages(message, f"messages[{i}]")
-    fields: Json = {"model": body.model, "messages": messages, **_thinking(body)}
+    extra = body.model_extra or {}
+    for name in _REFUSED & extra.keys():
+        raise InvalidRequest(
+            f"{name}: messages have no such thing; chat completions do.",
+            name,
+            "unsupported_parameter",
+        )
+    fields: Json = {**extra, "model": body.model, "messages": messages, **_thinking(body)}
     if body.messages[-1].role == "assistant":
         fields |= {"continue_final_message": True, "add_generation_prompt": False}
     if body.tools:
         fields["tools"] = [_function(tool) for tool in body.tools]
-        fields |= _tool_choice(body.tool_choice)
+    fields |= _tool_choice(body.tool_choice)
     if body.output_config and (form := body.output_config.format):
         schema = {"name": "output", "schema": form.schema_}
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}

@@ -32,6 +32,7 @@ REFUSED = {
     "max_tool_calls": "the server calls no tools itself",
     "n": "a response is one answer",
     "top_logprobs": "chat completions have them",
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "it is called max_output_tokens here"),
 }
 _UNSUPPORTED = "unsupported_parameter"
 _HARMLESS_INCLUDES = frozenset({"reasoning.encrypted_content"})
@@ -54,7 +55,6 @@ def chat_request(body: ResponsesRequest) -> ChatCompletionRequest:
         "model": body.model,
         "messages": messages,
         "max_tokens": body.max_output_tokens,
-        "max_completion_tokens": None,
         "temperature": body.temperature,
         "top_p": body.top_p,
         "parallel_tool_calls": body.parallel_tool_calls,
@@ -65,7 +65,7 @@ def chat_request(body: ResponsesRequest) -> ChatCompletionRequest:
         fields["reasoning_effort"] = body.reasoning.effort
     if body.tools:
         fields["tools"] = [_function(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)]
-        fields["tool_choice"] = _tool_choice(body.tool_choice)
+    fields["tool_choice"] = _tool_choice(body.tool_choice)
     if body.text is not None and body.text.format is not None:
         fields["response_format"] = _response_format(body.text.format)
     return as_chat_request(fields)

@@ -23,8 +23,8 @@ from bezel.engine.messages import AddSequence, FinishReason
 from bezel.engine.sampling_params import SamplingParams
 from bezel.server.chat import Thinking
 from bezel.server.control_tokens import ControlTokens
+from bezel.server.grammars.structured_output import output_grammar
 from bezel.server.schemas import ChatCompletionRequest
-from bezel.server.structured_output import output_grammar
 
 # Those whose outputs end soon without any sense of what they say.
 NAMES = [

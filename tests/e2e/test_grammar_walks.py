@@ -11,9 +11,9 @@ from grammar_walks import CHANNEL_CLOSE, CHANNEL_OPEN, bytes_of, text_of, walk
 
 from bezel.server.chat import Thinking
 from bezel.server.control_tokens import ControlTokens
-from bezel.server.parser import ChatParser
+from bezel.server.grammars.structured_output import output_grammar
+from bezel.server.parsing.parser import ChatParser
 from bezel.server.schemas import ChatCompletionRequest
-from bezel.server.structured_output import output_grammar
 
 NUM_WALKS = 10  # with each of 20 schemas
 

@@ -210,3 +210,20 @@ def test_schema_of_the_text() -> None:
     told = {"name": "output", "schema": {"type": "object"}}
     assert fields["response_format"] == {"type": "json_schema", "json_schema": told}
     assert json.dumps(fields["response_format"])
+
+
+async def test_unknown_fields_are_told(gemma4_client: Any, say: Any) -> None:
+    say("a<turn|>")
+    body = {"model": "tiny", "max_tokens": 9, "messages": MESSAGES, "colour": 1, "top_k": 3}
+    response = await gemma4_client.post("/v1/messages", json=body)
+    assert response.headers["x-ignored-params"] == "colour"
+    refused = await gemma4_client.post("/v1/messages", json=body | {"n": 2})
+    assert refused.status_code == 400
+    assert "n: messages have no such thing" in refused.json()["error"]["message"]
+
+
+def test_a_choice_among_no_tools_is_refused(client: anthropic.Anthropic) -> None:
+    with pytest.raises(anthropic.BadRequestError, match="tool_choice"):
+        client.messages.create(
+            model="tiny", max_tokens=9, messages=MESSAGES, tool_choice={"type": "any"}
+        )

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bezel.server.blocks import Block, BlockBuilder, BlockEvent, BlockKind, Step
-from bezel.server.parser import Parsed, ToolCallDelta
+from bezel.server.parsing.parser import Parsed, ToolCallDelta
 
 
 def test_blocks_follow_the_output() -> None:

@@ -6,8 +6,8 @@ import pytest
 from grammar_bytes import accepts
 
 from bezel.engine.errors import InvalidRequest
-from bezel.server.call_arguments import argument_rule
-from bezel.server.call_syntax import CallSyntax
+from bezel.server.grammars.call_arguments import argument_rule
+from bezel.server.grammars.call_syntax import CallSyntax
 
 TEXT, NUMBER, WHOLE = {"type": "string"}, {"type": "number"}, {"type": "integer"}
 

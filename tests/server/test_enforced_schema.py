@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from bezel.engine.errors import InvalidRequest
-from bezel.server.enforced_schema import enforced_schema
+from bezel.server.grammars.enforced_schema import enforced_schema
 
 TEXT = {"type": "string"}
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bezel.server.gemma_call import CallReader
+from bezel.server.parsing.gemma_call import CallReader
 
 QUOTE = '<|"|>'
 LONG = "f" * 65

@@ -11,7 +11,7 @@ from bezel.engine.messages import FinishReason
 from bezel.engine.sampling_params import SamplingParams
 from bezel.server.errors import GenerationFailed
 from bezel.server.generation import TextRequest, generating
-from bezel.server.parser import TextParser
+from bezel.server.parsing.parser import TextParser
 from bezel.server.state import ServerState
 
 pytestmark = pytest.mark.anyio

@@ -7,7 +7,7 @@ import pytest
 from grammar_bytes import NAMES
 
 from bezel.engine.errors import GrammarError
-from bezel.server.grammars import GrammarChecker
+from bezel.server.grammars.checker import GrammarChecker
 
 
 class Vocabulary:

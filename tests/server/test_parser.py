@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from bezel.engine.tokenizer import Tokenizer
 from bezel.server.control_tokens import ControlTokens
-from bezel.server.parser import ChatParser, OutputParser, TextParser
+from bezel.server.parsing.parser import ChatParser, OutputParser, TextParser
 
 pytestmark = pytest.mark.weights
 

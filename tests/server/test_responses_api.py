@@ -231,3 +231,18 @@ def test_bad_fields_are_the_users_mistake() -> None:
     with pytest.raises(InvalidRequest) as refused:
         converted(reasoning={"effort": "huge"})
     assert refused.value.param == "reasoning_effort"
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("n", 2), ("max_completion_tokens", 5), ("include", 5), ("include", [{}])]
+)
+def test_fields_that_have_no_place_here(client: openai.OpenAI, field: str, value: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="tiny", input="hi", extra_body={field: value})
+    assert refused.value.param == field
+
+
+def test_a_choice_among_no_tools_is_refused(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="tiny", input="hi", tool_choice="required")
+    assert refused.value.param == "tool_choice"

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bezel.server.schema_algebra import NotEnforceable, are_disjoint, joined, target_of
+from bezel.server.grammars.schema_algebra import NotEnforceable, are_disjoint, joined, target_of
 
 VALUES: list[Any] = [
     *(None, True, False, 0, 1, 3, -2, 1.5, "", "a", "abc", "abcdef", [], [1], ["a", 2]),

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bezel.server.string_patterns import format_regex, search_regex
+from bezel.server.grammars.string_patterns import format_regex, search_regex
 
 PATTERNS = [
     "a",

@@ -9,8 +9,8 @@ from grammar_bytes import CONTROL, accepts, flaw
 
 from bezel.engine.errors import InvalidRequest
 from bezel.server.chat import Thinking
+from bezel.server.grammars.structured_output import constrained_field, output_grammar
 from bezel.server.schemas import ChatCompletionRequest, CompletionRequest
-from bezel.server.structured_output import constrained_field, output_grammar
 
 PERSON = {
     "type": "object",

@@ -6,8 +6,8 @@ import pytest
 from grammar_bytes import CONTROL, accepts
 
 from bezel.engine.errors import InvalidRequest
+from bezel.server.grammars.tool_grammar import ToolGrammar, tool_grammar
 from bezel.server.schemas import ChatCompletionRequest
-from bezel.server.tool_grammar import ToolGrammar, tool_grammar
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 PARIS = '<|tool_call>call:weather{city:<|"|>Paris<|"|>}<tool_call|>'

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bezel.engine.errors import InvalidRequest
-from bezel.server.call_arguments import argument_rule
-from bezel.server.call_syntax import CallSyntax
 from bezel.server.control_tokens import ControlTokens
+from bezel.server.grammars.call_arguments import argument_rule
+from bezel.server.grammars.call_syntax import CallSyntax
 from bezel.server.schemas import ChatCompletionRequest
 from bezel.server.tools import check_name
 

@@ -14,9 +14,9 @@ lowest. There is no whitespace, as in the calls that chat templates show.
 from typing import Any
 
 from bezel.engine.errors import InvalidRequest
-from bezel.server.call_syntax import CallSyntax, is_length
-from bezel.server.enforced_schema import TYPES, enforced_schema
-from bezel.server.schema_algebra import (
+from bezel.server.grammars.call_syntax import CallSyntax, is_length
+from bezel.server.grammars.enforced_schema import TYPES, enforced_schema
+from bezel.server.grammars.schema_algebra import (
     NotEnforceable,
     Schema,
     joined,

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from bezel.engine.errors import InvalidRequest
-from bezel.server.schema_algebra import NotEnforceable, are_disjoint, target_of
+from bezel.server.grammars.schema_algebra import NotEnforceable, are_disjoint, target_of
 
 TYPES = frozenset({"null", "boolean", "integer", "number", "string", "array", "object"})
 FORMATS = (

@@ -27,7 +27,7 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from bezel.server.gemma_arguments import ArgumentsReader
+from bezel.server.parsing.gemma_arguments import ArgumentsReader
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _HEADER = re.compile(

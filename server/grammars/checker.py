@@ -15,7 +15,7 @@ from multiprocessing.context import SpawnProcess
 
 from bezel.engine.errors import GrammarError
 from bezel.engine.tokenizer import Tokenizer
-from bezel.server.grammar_worker import run_worker
+from bezel.server.grammars.worker import run_worker
 
 _TIMEOUT_S = 5.0  # of the clock, most of which a busy machine may give to others
 _START_TIMEOUT_S = 60.0

@@ -20,9 +20,9 @@ from llguidance.gbnf_to_lark import gbnf_to_lark
 from bezel.engine.errors import InvalidRequest
 from bezel.server.chat import Thinking
 from bezel.server.control_tokens import ControlTokens
-from bezel.server.enforced_schema import enforced_schema
+from bezel.server.grammars.enforced_schema import enforced_schema
+from bezel.server.grammars.tool_grammar import ToolGrammar, tool_grammar
 from bezel.server.schemas import ChatCompletionRequest, GenerationRequest
-from bezel.server.tool_grammar import ToolGrammar, tool_grammar
 
 # `\u` could spell the name of a property a second way, and half of a surrogate pair.
 _JSON_STYLE = {

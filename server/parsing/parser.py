@@ -30,8 +30,8 @@ from typing import Protocol
 from bezel.engine.detokenizer import IncrementalDetokenizer
 from bezel.engine.tokenizer import Tokenizer
 from bezel.server.control_tokens import ControlTokens
-from bezel.server.gemma_call import CallPiece, CallReader
-from bezel.server.opening import CHANNEL, TURN, ChannelName, Opening, State, state_after
+from bezel.server.parsing.gemma_call import CallPiece, CallReader
+from bezel.server.parsing.opening import CHANNEL, TURN, ChannelName, Opening, State, state_after
 
 
 @dataclass(frozen=True, slots=True)

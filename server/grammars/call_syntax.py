@@ -12,8 +12,8 @@ from typing import Any
 
 from llguidance import regex_to_lark
 
-from bezel.server.schema_algebra import NotEnforceable, Schema
-from bezel.server.string_patterns import format_regex, search_regex
+from bezel.server.grammars.schema_algebra import NotEnforceable, Schema
+from bezel.server.grammars.string_patterns import format_regex, search_regex
 
 _NOT_IN_NAMES = r"\s:,{}\[\]<>|\"'\\"
 _BARE_NAME = re.compile(rf"[^{_NOT_IN_NAMES}]+")
