@@ -126,6 +126,33 @@ def test_64_streams_at_once_are_complete_and_unmixed(server: Server) -> None:
     server.wait_idle()
 
 
+def prompt_tokens_computed(server: Server) -> float:
+    text = httpx.get(f"{server.url}/metrics").text
+    found = re.search(r"^bezel_prompt_tokens_total\{.*\} (\S+)$", text, re.MULTILINE)
+    assert found is not None
+    return float(found[1])
+
+
+def test_each_turn_of_a_chat_computes_what_is_new(server: Server) -> None:
+    messages: list[dict[str, str]] = []
+    previous, computed = 0, prompt_tokens_computed(server)
+    for turn in range(10):
+        words = " ".join(f"word{turn}-{i}" for i in range(30))
+        messages.append({"role": "user", "content": words})
+        body = {"model": MODEL, "messages": messages, "max_tokens": 8, "temperature": 0}
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60).json()
+        usage = answer["usage"]
+        before, computed = computed, prompt_tokens_computed(server)
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        assert computed - before == usage["prompt_tokens"] - cached
+        # What stands in the template after the last prompt, and at most a page before it.
+        assert computed - before <= usage["prompt_tokens"] - previous + 64
+        previous = usage["prompt_tokens"]
+        messages.append(
+            {"role": "assistant", "content": answer["choices"][0]["message"]["content"]}
+        )
+
+
 def test_memory_is_flat_over_500_requests(server: Server) -> None:
     async def run(count: int, seed: int) -> None:
         rng = random.Random(seed)
