@@ -96,11 +96,9 @@ class KVLayout:
         """Pages that a sequence of `num_tokens` computed tokens holds."""
         return PageCount(len(self.local_page_range(num_tokens)), self.num_global_pages(num_tokens))
 
-    def peak_pages(self, num_tokens: int, anchored: bool = False) -> PageCount:
-        """Pages that suffice at every moment while a sequence grows to `num_tokens` tokens;
-        `anchored`: also while an earlier window is kept beside the last."""
-        most = self.max_local_pages + (GLOBAL_PAGE_FACTOR if anchored else 0)
-        local = min(most, math.ceil(num_tokens / self.local_page_size))
+    def peak_pages(self, num_tokens: int) -> PageCount:
+        """Pages that suffice at every moment while a sequence grows to `num_tokens` tokens."""
+        local = min(self.max_local_pages, math.ceil(num_tokens / self.local_page_size))
         return PageCount(local, self.num_global_pages(num_tokens))
 
     def num_bytes(self, pages: PageCount) -> int:

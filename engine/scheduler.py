@@ -174,11 +174,16 @@ class Scheduler:
         start = sequence.num_computed_tokens
         end = start + min(sequence.num_uncomputed_tokens, self._max_chunk, budget)
         end, anchor = self.sharing.chunk(sequence, start, end)
-        missing = sequence.pages.num_missing(start, end, self.pool, anchor)
-        if not self.sharing.make_room(missing):
-            return None
+        if not self._has_room(sequence, start, end, anchor):
+            if anchor == end or not self._has_room(sequence, start, end, end):
+                return None
+            anchor = end  # rather no checkpoint than no chunk
         read_table = sequence.pages.extend(start, end, self.pool, anchor)
         return ScheduledSequence(sequence, start, end - start, read_table, anchor)
+
+    def _has_room(self, sequence: Sequence, start: int, end: int, anchor: int) -> bool:
+        missing = sequence.pages.num_missing(start, end, self.pool, anchor)
+        return self.sharing.make_room(missing)
 
     def _admit(self, budget: int, chosen: dict[str, ScheduledSequence]) -> None:
         """Start waiting sequences whose whole known text fits beside what is already promised."""
@@ -215,9 +220,7 @@ class Scheduler:
 
     def _missing(self, sequence: Sequence) -> PageCount:
         """Pages that a sequence will still take for tokens it already has."""
-        anchored = self.sharing.is_enabled and sequence.is_prefilling
-        peak = self.pool.layout.peak_pages(sequence.num_tokens, anchored)
-        missing = peak - sequence.pages.held
+        missing = self.pool.layout.peak_pages(sequence.num_tokens) - sequence.pages.held
         return PageCount(max(0, missing.local), max(0, missing.global_))
 
     def _promised(self) -> PageCount:

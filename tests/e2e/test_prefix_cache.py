@@ -126,7 +126,7 @@ def test_many_at_once_in_chunks(compare: Any, chunk: int) -> None:
 def test_under_pressure(compare: Any, tiny: Any, device: str) -> None:
     """Hardly more room than the longest needs: pages are evicted, sequences preempted."""
     layout = RecordingEngine(tiny.path, device).runner.layout
-    num_sectors = layout.num_sectors(layout.peak_pages(330, anchored=True)) + 2
+    num_sectors = layout.num_sectors(layout.peak_pages(330)) + 2
     arena_bytes = num_sectors * layout.sector_bytes
     pair = compare(kv_cache_memory_bytes=arena_bytes, max_model_len=320, block_size=16)
     drawn = random.Random(1)

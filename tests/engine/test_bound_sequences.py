@@ -141,7 +141,7 @@ def test_a_grammar_that_fails_ends_its_sequence_alone(engine: Engine) -> None:
     assert reasons == [FinishReason.LENGTH, FinishReason.ERROR, FinishReason.LENGTH]
     assert fits(tokens[1]) and len(tokens[1]) == 3
     assert tokens[0] == run(engine, [free] * 3)[0][0]
-    assert engine.pool.used.local == engine.pool.used.global_ == 0
+    assert engine.pool.used == engine.pool.idle
 
 
 def test_a_grammar_that_cannot_be_compiled_is_refused(engine: Engine) -> None:

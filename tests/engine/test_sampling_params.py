@@ -156,6 +156,7 @@ def test_every_field_survives_the_way_to_the_engine_process() -> None:
         grammar="start: /x/",
         thinking_budget=budget(9),
         priority=-1,
+        cache_salt="s",
     )
     defaults = SamplingParams(max_tokens=1)
     for name in SamplingParams.__struct_fields__:
