@@ -33,7 +33,7 @@ CONTROL_TOKENS = {
     258883: "<audio|>",
     258884: "<|video|>",
 }
-# In the order of their release; the last is what checkpoints carry now.
+# Five revisions; the last is what checkpoints carry now.
 TEMPLATES = ("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5")
 
 
