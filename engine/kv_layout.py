@@ -79,7 +79,8 @@ class KVLayout:
 
     @property
     def ring_size(self) -> int:
-        """Entries of the ring-shaped local page table, a power of two."""
+        """Entries of the ring-shaped local page table, a power of two, with room for an anchor's
+        window."""
         return 1 << (self.max_local_pages + GLOBAL_PAGE_FACTOR - 1).bit_length()
 
     def local_page_range(self, num_tokens: int, anchor: int | None = None) -> range:

@@ -9,12 +9,13 @@ what the query at `end` needs:
     after step                                           [==== kept ========]
 
 A chunk reads the old pages before it writes the new ones, layer by layer, so pages that slide out
-are reused for what slides in, and a sequence never holds more than `max_local_pages`. A single
+are reused for what slides in, and a sequence holds no more than `max_local_pages`. A single
 token is written before it is read (its attention reads pages only), so there nothing is reused
 within the step; pages that slid out go back to the pool when the step is done.
 
-A step may also keep the window of an earlier position, its *anchor*, for the prefix cache. Pages
-that others hold too are never reused.
+A step may also keep the window of an earlier position, its *anchor*, for the prefix cache: a global
+page's worth of tokens more, until the next step. Pages that others hold too are never reused, so
+that until the step is done there are new ones beside them.
 """
 
 from collections.abc import Sequence

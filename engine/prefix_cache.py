@@ -101,7 +101,7 @@ class PrefixCache:
             yield block
 
     def mark_used(self, checkpoint: Block) -> None:
-        """A sequence resumes here: worth more from now on."""
+        """A sequence resumes here, or would leave the same: worth more from now on."""
         checkpoint.num_uses += 1
         checkpoint.stamp = self._clock
 
@@ -132,10 +132,12 @@ class PrefixCache:
         return child
 
     def add_checkpoint(self, block: Block, window: list[int]) -> bool:
-        """Make the block's end a place to resume from; False if it is one already."""
-        block.stamp = self._clock
+        """Make the block's end a place to resume from; False if it is one already, which then is
+        no longer its maker's alone to drop."""
         if block.window is not None:
+            self.mark_used(block)
             return False
+        block.stamp = self._clock
         self._pool.cache_pages(local=window)
         block.window = window
         block.num_uses = 1

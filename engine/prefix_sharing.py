@@ -21,7 +21,7 @@ class PrefixSharing:
     def __init__(self, pool: PagePool, enabled: bool, max_idle_bytes: int | None = None) -> None:
         self.cache = PrefixCache(pool)
         self._pool = pool
-        self.is_enabled = enabled
+        self._is_enabled = enabled
         self._max_idle_bytes = max_idle_bytes
         self._size = pool.layout.global_page_size
         self.num_queried_tokens = 0
@@ -29,13 +29,13 @@ class PrefixSharing:
 
     def match(self, sequence: Sequence) -> PrefixHit | None:
         """What is there of its text. Log-probabilities of a prompt want all of it computed."""
-        if not self.is_enabled or sequence.params.prompt_logprobs is not None:
+        if not self._is_enabled or sequence.params.prompt_logprobs is not None:
             return None
         return self.cache.match(sequence.token_ids, sequence.params.cache_salt)
 
     def begin(self, sequence: Sequence, hit: PrefixHit | None) -> None:
         """Give a sequence that starts, or starts anew, what is there of its text."""
-        if not self.is_enabled:
+        if not self._is_enabled:
             return
         block = self.cache.root(sequence.params.cache_salt)
         if hit is not None:
@@ -69,7 +69,7 @@ class PrefixSharing:
 
     def chunk(self, sequence: Sequence, start: int, end: int) -> tuple[int, int]:
         """The end of a chunk that may go up to `end`, and the position whose window is kept."""
-        if not self.is_enabled or end - start == 1:
+        if not self._is_enabled or end - start == 1:
             return end, end
         if start < sequence.branch < end:
             return sequence.branch, sequence.branch

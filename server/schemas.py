@@ -151,7 +151,7 @@ class GenerationRequest(BaseModel):
     timeout: float | None = None
     """Seconds the answer may take; a longer time than `--request-timeout` has no effect."""
     cache_salt: str | None = None
-    """Without effect: nothing is shared between requests yet."""
+    """Only requests with the same one share what the prefix cache holds."""
 
     @property
     def output_limit(self) -> int | None:

@@ -3,26 +3,13 @@
 import functools
 import re
 
+from gemma4_chat import CONTROL_TOKENS
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from bezel.server.control_tokens import ControlTokens
 from bezel.server.grammars.worker import ByteVocabulary
 
-NAMES = {
-    1: "<eos>",
-    46: "<|tool>",
-    47: "<tool|>",
-    48: "<|tool_call>",
-    49: "<tool_call|>",
-    50: "<|tool_response>",
-    51: "<tool_response|>",
-    52: '<|"|>',
-    98: "<|think|>",
-    100: "<|channel>",
-    101: "<channel|>",
-    105: "<|turn>",
-    106: "<turn|>",
-}
+NAMES = {1: "<eos>"} | {i: name for i, name in CONTROL_TOKENS.items() if i < 256}
 CONTROL = ControlTokens(
     eos=1,
     tool_open=46,

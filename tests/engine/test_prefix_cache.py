@@ -160,6 +160,16 @@ def test_only_an_unused_checkpoint_is_dropped(cache: PrefixCache, pool: PagePool
     assert pool.used == PageCount(2, 2)
 
 
+def test_one_that_two_have_made_is_not_the_firsts_to_drop(
+    cache: PrefixCache, pool: PagePool
+) -> None:
+    text = list(range(2 * SIZE + 1))
+    block = remember(cache, pool, text, [2])
+    assert remember(cache, pool, text, [2]) is block
+    cache.drop_checkpoint(block)
+    assert found(cache, text) == (2 * SIZE, 2 * SIZE)
+
+
 def test_what_is_gone_leaves_nothing_behind(cache: PrefixCache, pool: PagePool) -> None:
     """Checkpoints come and go with every page of an answer, for months."""
     kept = list(range(SIZE + 1))

@@ -122,7 +122,7 @@ class FakeEngine:
 
     A script is a list of token ids to output together, events to wait for, exceptions to raise
     and reasons to finish with, alone or together with the last token ids. `scripts` are those of
-    the first sequences.
+    the first sequences, and `cached_tokens` what they find in the prefix cache.
     """
 
     info: EngineInfo
@@ -133,6 +133,7 @@ class FakeEngine:
     is_ready: bool = True
     step_age_s: float = 0.0
     num_restarts: int = 0
+    cached_tokens: list[int] = field(default_factory=list)
     requests: list[tuple[list[int], SamplingParams]] = field(default_factory=list)
     request_ids: list[str] = field(default_factory=list)
     ended: dict[str, FinishReason] = field(default_factory=dict)
@@ -164,6 +165,7 @@ class FakeEngine:
         script = self.scripts_by_prompt.get(tuple(prompt_ids), self.script)
         if len(self.requests) <= len(self.scripts):
             script = self.scripts[len(self.requests) - 1]
+        num_cached = self.cached_tokens.pop(0) if self.cached_tokens else 0
         try:
             for output in self._prompt_logprobs(request_id, prompt_ids, params):
                 yield output
@@ -188,7 +190,9 @@ class FakeEngine:
                     token_ids=ids,
                     finish_reason=reason,
                     logprobs=[] if num_top is None else [entry(i, num_top) for i in ids],
+                    num_cached_tokens=num_cached,
                 )
+                num_cached = 0
         finally:
             if self.ended.setdefault(request_id, FinishReason.ABORT) is FinishReason.ABORT:
                 self.on_abort()
@@ -460,3 +464,14 @@ def events_of() -> Callable[[str], list[Any]]:
         return [item if item == "[DONE]" else json.loads(item) for item in data]
 
     return parse
+
+
+@pytest.fixture
+def say(engine: Any, gemma4_tokenizer: Any) -> Callable[..., None]:
+    """Make the engine output tokens; the last of them ends the sequence, if it is to stop."""
+
+    def script(text: str, reason: FinishReason = FinishReason.STOP) -> None:
+        *ids, last = gemma4_tokenizer.ids(text)
+        engine.script = [*([i] for i in ids), ([last], reason)]
+
+    return script

@@ -1,7 +1,7 @@
 """OpenAI's Responses API: what requests become, and what its own client makes of the answers."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import openai
@@ -28,17 +28,6 @@ def client(engine: Any, gemma4_app: FastAPI) -> Iterator[openai.OpenAI]:
     with served(gemma4_app) as url:
         with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
             yield client
-
-
-@pytest.fixture
-def say(engine: Any, gemma4_tokenizer: Any) -> Callable[..., None]:
-    """Make the engine output tokens; the last of them ends the sequence."""
-
-    def script(text: str, reason: FinishReason = FinishReason.STOP) -> None:
-        *ids, last = gemma4_tokenizer.ids(text)
-        engine.script = [*([i] for i in ids), ([last], reason)]
-
-    return script
 
 
 def plain(items: Any) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -32,17 +31,6 @@ TOOLS = [
         },
     }
 ]
-
-
-@pytest.fixture
-def say(engine: Any, gemma4_tokenizer: Any) -> Callable[..., None]:
-    """Make the engine output tokens; the last of them ends the sequence, if it is to stop."""
-
-    def script(text: str, reason: FinishReason = FinishReason.STOP) -> None:
-        *ids, last = gemma4_tokenizer.ids(text)
-        engine.script = [*([i] for i in ids), ([last], reason)]
-
-    return script
 
 
 async def test_thought_and_answer(

@@ -1,0 +1,43 @@
+"""How long an answer may take, by the server's settings and by the request."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from bezel.engine.messages import FinishReason
+from bezel.server.app import create_app
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_that_takes_too_long_ends(
+    make_state: Any, client_for: Any, engine: Any, chat: Any, events_of: Any, stream: bool
+) -> None:
+    engine.script = [[65], asyncio.Event()]
+    app = create_app(make_state(request_timeout=3600))
+    async with client_for(app) as client:
+        body = chat(stream=stream, timeout=0.05)
+        response = await client.post("/v1/chat/completions", json=body)
+    if stream:
+        error = events_of(response.text)[-1]["error"]
+    else:
+        assert response.status_code == 504
+        assert response.headers["x-should-retry"] == "false"
+        error = response.json()["error"]
+    assert error["code"] == "deadline_exceeded"
+    assert error["message"] == "The answer was not finished within 0.05 s."
+    assert list(engine.ended.values()) == [FinishReason.ABORT]
+
+
+async def test_a_request_cannot_ask_for_more_time_than_there_is(
+    make_state: Any, client_for: Any, engine: Any, chat: Any
+) -> None:
+    engine.script = [asyncio.Event()]
+    async with client_for(create_app(make_state(request_timeout=1))) as client:
+        response = await client.post("/v1/chat/completions", json=chat(timeout=1000))
+        assert response.json()["error"]["message"] == "The answer was not finished within 1 s."
+        for timeout in (0, -1):
+            response = await client.post("/v1/chat/completions", json=chat(timeout=timeout))
+            assert response.json()["error"]["param"] == "timeout"
