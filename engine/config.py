@@ -34,6 +34,11 @@ class EngineConfig:
     long_prefill_token_threshold: int = option(
         0, "Most prompt tokens one sequence computes in a step; 0 means the whole budget"
     )
+    max_num_mixed_prefill_tokens: int = option(
+        512,
+        "Most prompt tokens in a step in which others decode, who wait for them; 0 means the "
+        "whole budget",
+    )
     block_size: int = option(
         16,
         "Tokens in a local KV page; a global page holds four times as many",
@@ -71,6 +76,7 @@ class EngineConfig:
         _at_least(0, "--max-num-queued-reqs", self.max_num_queued_reqs)
         _at_least(self.max_num_seqs, "--max-num-batched-tokens", self.max_num_batched_tokens)
         _at_least(0, "--long-prefill-token-threshold", self.long_prefill_token_threshold)
+        _at_least(0, "--max-num-mixed-prefill-tokens", self.max_num_mixed_prefill_tokens)
         if self.kv_cache_memory_bytes is not None:
             _at_least(1, "--kv-cache-memory-bytes", self.kv_cache_memory_bytes)
         if not 0 < self.gpu_memory_utilization <= 1:

@@ -11,6 +11,9 @@ from bezel.engine.page_pool import PagePool
 from bezel.engine.prefix_cache import PrefixCache, PrefixHit
 from bezel.engine.sequence import Sequence
 
+# Fewer aren't worth a chunk's end of their own, and the pages of a checkpoint.
+MIN_SHARED_PAGES = 4
+
 
 class PrefixSharing:
     """The prefix cache as the scheduler sees it; if it isn't `enabled` every text is new.
@@ -21,21 +24,27 @@ class PrefixSharing:
     def __init__(self, pool: PagePool, enabled: bool, max_idle_bytes: int | None = None) -> None:
         self.cache = PrefixCache(pool)
         self._pool = pool
-        self._is_enabled = enabled
+        self.is_enabled = enabled
         self._max_idle_bytes = max_idle_bytes
-        self._size = pool.layout.global_page_size
+        self.page_size = pool.layout.global_page_size
+        self.min_shared_tokens = MIN_SHARED_PAGES * self.page_size
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
 
     def match(self, sequence: Sequence) -> PrefixHit | None:
         """What is there of its text. Log-probabilities of a prompt want all of it computed."""
-        if not self._is_enabled or sequence.params.prompt_logprobs is not None:
+        if not self.is_enabled or sequence.params.prompt_logprobs is not None:
             return None
         return self.cache.match(sequence.token_ids, sequence.params.cache_salt)
 
+    def num_tokens(self, hit: PrefixHit | None) -> int:
+        """With which a sequence would begin."""
+        depth = hit.checkpoint.depth if hit is not None and hit.checkpoint is not None else 0
+        return depth * self.page_size
+
     def begin(self, sequence: Sequence, hit: PrefixHit | None) -> None:
         """Give a sequence that starts, or starts anew, what is there of its text."""
-        if not self._is_enabled:
+        if not self.is_enabled:
             return
         block = self.cache.root(sequence.params.cache_salt)
         if hit is not None:
@@ -43,6 +52,9 @@ class PrefixSharing:
             self._adopt(sequence, hit)
         self.cache.enter(block)
         sequence.block = block
+        preamble = sequence.params.num_preamble_tokens
+        if preamble >= self.min_shared_tokens:
+            sequence.add_stop(preamble // self.page_size * self.page_size)
 
     def _adopt(self, sequence: Sequence, hit: PrefixHit) -> None:
         pages = []
@@ -54,9 +66,9 @@ class PrefixSharing:
         if hit.checkpoint is not None:
             assert hit.checkpoint.window is not None
             window = hit.checkpoint.window
-            sequence.num_computed_tokens = hit.checkpoint.depth * self._size
+            sequence.num_computed_tokens = hit.checkpoint.depth * self.page_size
         sequence.pages.adopt(sequence.num_computed_tokens, window, pages[::-1], self._pool)
-        sequence.branch = len(pages) * self._size
+        sequence.add_stop(len(pages) * self.page_size)
 
     def admitted(self, sequence: Sequence, hit: PrefixHit | None) -> None:
         """Book that a sequence has begun for good."""
@@ -69,13 +81,14 @@ class PrefixSharing:
 
     def chunk(self, sequence: Sequence, start: int, end: int) -> tuple[int, int]:
         """The end of a chunk that may go up to `end`, and the position whose window is kept."""
-        if not self._is_enabled or end - start == 1:
+        if not self.is_enabled or end - start == 1:
             return end, end
-        if start < sequence.branch < end:
-            return sequence.branch, sequence.branch
+        for stop in sequence.stops:
+            if start < stop < end:
+                return stop, stop
         # One token has to be computed anew, if the same text comes again.
         last = end - 1 if end == sequence.num_tokens else end
-        boundary = last // self._size * self._size
+        boundary = last // self.page_size * self.page_size
         return end, boundary if boundary > start else end
 
     def computed(self, sequence: Sequence, start: int, end: int, anchor: int) -> None:
@@ -85,22 +98,22 @@ class PrefixSharing:
         self._add_blocks(sequence, end)
         is_prompt_end = end - start > 1 and end == sequence.num_tokens
         for position in sorted({anchor, end}):
-            if position % self._size == 0 and position > start:
-                stays = is_prompt_end or position == sequence.branch
+            if position % self.page_size == 0 and position > start:
+                stays = is_prompt_end or position in sequence.stops
                 self._add_checkpoint(sequence, position, stays)
 
     def _add_blocks(self, sequence: Sequence, end: int) -> None:
         block = sequence.block
         assert block is not None
-        while (begin := block.depth * self._size) + self._size <= end:
-            token_ids = tuple(sequence.token_ids[begin : begin + self._size])
+        while (begin := block.depth * self.page_size) + self.page_size <= end:
+            token_ids = tuple(sequence.token_ids[begin : begin + self.page_size])
             page = sequence.pages.global_table[block.depth]
             block = self.cache.extend(block, token_ids, page)
         sequence.block = block
 
     def _add_checkpoint(self, sequence: Sequence, position: int, stays: bool) -> None:
         assert sequence.block is not None
-        block = sequence.block.ancestor(position // self._size)
+        block = sequence.block.ancestor(position // self.page_size)
         is_new = self.cache.add_checkpoint(block, sequence.pages.window_pages(position))
         if sequence.last_checkpoint is not None:
             self.cache.drop_checkpoint(sequence.last_checkpoint)
@@ -111,7 +124,7 @@ class PrefixSharing:
         if sequence.block is not None:
             self.cache.leave(sequence.block)
         sequence.block = sequence.last_checkpoint = None
-        sequence.branch = 0
+        sequence.stops = []
 
     def trim(self) -> None:
         """Keep what only the cache holds within its limit."""

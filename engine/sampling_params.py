@@ -41,7 +41,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     `logprobs` and `prompt_logprobs` ask for log-probabilities of the drawn tokens, or of the
     prompt's, and of that many of the likeliest beside each; None asks for none.
     `grammar` is an llguidance grammar that the output keeps to, from its first token on.
-    A sequence of lower `priority` goes first. Only sequences of equal `cache_salt` share pages.
+    A sequence of lower `priority` goes first; of equal ones, those of the `tenant` served least.
+    Only sequences of equal `cache_salt` share pages. The first `num_preamble_tokens` of the prompt
+    are probably those of other prompts too.
     """
 
     max_tokens: int
@@ -63,6 +65,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     thinking_budget: ThinkingBudget | None = None
     priority: int = 0
     cache_salt: str = ""
+    tenant: str = ""
+    num_preamble_tokens: int = 0
 
     @property
     def is_greedy(self) -> bool:

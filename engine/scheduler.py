@@ -1,17 +1,19 @@
 """Decides what the next step computes.
 
 One token budget a step: sequences that decode come first, then prompts under way, then waiting
-ones; of each the lowest `priority` first, and of equal ones the first to come. A prompt longer than
-what is left of the budget goes in chunks. When pages run out the last in that order gives up all of
-its own and waits to be recomputed; one that merely waits never takes another's place.
-No tensors, no clock; the same calls on the same state give the same step.
+ones as `waiting_queue` orders them. A prompt longer than what is left of the budget goes in chunks;
+beside sequences that decode, and would have to wait for it, prompts get a smaller budget. When
+pages run out the last in rank gives up all of its own and waits to be recomputed; one that merely
+waits never takes another's place. No tensors, no clock; the same calls on the same state give the
+same step.
 """
 
-from bisect import bisect_left, insort
+from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from operator import attrgetter
+from itertools import islice
 
+from bezel.engine import joint_prefill
 from bezel.engine.config import EngineConfig
 from bezel.engine.kv_layout import PageCount
 from bezel.engine.messages import FinishReason
@@ -19,8 +21,12 @@ from bezel.engine.page_pool import PagePool
 from bezel.engine.prefix_cache import PrefixHit
 from bezel.engine.prefix_sharing import PrefixSharing
 from bezel.engine.sequence import Sequence, SequenceStatus
+from bezel.engine.waiting_queue import WaitingQueue, rank_of, remove_sorted
 
-_rank = attrgetter("rank")
+# Of those next in line the one may go first of whose text the cache has most.
+LOOK_AHEAD = 8
+# Of those next in line as many are looked at for a beginning they share with one that starts.
+MAX_LED = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +87,13 @@ class Scheduler:
     ) -> None:
         self._max_num_seqs = config.max_num_seqs
         self._token_budget = config.max_num_batched_tokens
+        self._mixed_budget = config.max_num_mixed_prefill_tokens or self._token_budget
         self._max_chunk = config.long_prefill_token_threshold or self._token_budget
         self.pool = pool
         self.sharing = PrefixSharing(pool, config.enable_prefix_caching, prefix_cache_bytes)
-        # Both in the order of ranks.
-        self.waiting: list[Sequence] = []
-        self.running: list[Sequence] = []
+        self.waiting = WaitingQueue()
+        self.running: list[Sequence] = []  # in the order of ranks
+        self._blocked: Sequence | None = None  # there was no room for it, and can't be yet
         self._num_added = 0
         self._by_id: dict[str, Sequence] = {}
 
@@ -99,15 +106,17 @@ class Scheduler:
         self._by_id[sequence.request_id] = sequence
         sequence.arrival = self._num_added
         self._num_added += 1
-        insort(self.waiting, sequence, key=_rank)
+        self.waiting.arrive(sequence)
 
     def finish(self, request_id: str, reason: FinishReason) -> Sequence | None:
         """End a sequence in whatever phase it is; None if it has already ended."""
         sequence = self._by_id.get(request_id)
         if sequence is None:
             return None
-        is_waiting = sequence.status is SequenceStatus.WAITING
-        _remove(sequence, self.waiting if is_waiting else self.running)
+        if sequence.status is SequenceStatus.WAITING:
+            self.waiting.remove(sequence)
+        else:
+            remove_sorted(self.running, sequence, rank_of)
         self._end(sequence, reason)
         return sequence
 
@@ -118,6 +127,8 @@ class Scheduler:
         budget = self._token_budget
         # A list first: preemption takes sequences out of `running` while this goes on.
         for prefilling in (False, True):
+            if prefilling and chosen:
+                budget = min(budget, self._mixed_budget)
             for sequence in [s for s in self.running if s.is_prefilling is prefilling]:
                 if budget == 0:
                     break
@@ -140,11 +151,15 @@ class Scheduler:
             sequence.num_computed_tokens = end
             self.sharing.computed(sequence, scheduled.start, end, scheduled.anchor)
             sequence.pages.release_slid(self.pool)
+            if scheduled.is_prefill:
+                self._blocked = None  # more of its text may be in the cache now
+            else:
+                self.waiting.charge(sequence, 1)
         sampled = step.sampled
         for sequence, token_id in zip(sampled, token_ids, strict=True):
             reason = FinishReason.ERROR if token_id is None else sequence.append(token_id)
             if reason is not None:
-                _remove(sequence, self.running)
+                remove_sorted(self.running, sequence, rank_of)
                 self._end(sequence, reason)
         self.sharing.trim()
         return sampled
@@ -187,30 +202,68 @@ class Scheduler:
 
     def _admit(self, budget: int, chosen: dict[str, ScheduledSequence]) -> None:
         """Start waiting sequences whose whole known text fits beside what is already promised."""
-        promised = self._promised()
         while self.waiting and budget and len(self.running) < self._max_num_seqs:
-            sequence = self.waiting[0]
+            sequence = self._next(chosen)
+            if sequence is None or (sequence is self._blocked and self.running):
+                return
             hit = self.sharing.match(sequence)
-            scheduled = self._begin(sequence, hit, budget, promised)
+            scheduled = self._begin(sequence, hit, budget)
             if scheduled is None and hit is not None and not self.running:
                 # What it would share is in the way of its own pages.
-                scheduled = self._begin(sequence, None, budget, promised)
+                scheduled = self._begin(sequence, None, budget)
             if scheduled is None:
+                self._blocked = sequence
                 return
-            del self.waiting[0]
-            insort(self.running, sequence, key=_rank)
+            self.waiting.start(sequence)
+            self.waiting.charge(sequence, sequence.num_uncomputed_tokens)
+            insort(self.running, sequence, key=rank_of)
             sequence.status = SequenceStatus.RUNNING
             chosen[sequence.request_id] = scheduled
             budget -= scheduled.num_tokens
-            promised += self._missing(sequence)
+
+    def _next(self, chosen: dict[str, ScheduledSequence]) -> Sequence | None:
+        """Who starts next; None if all who may are waiting for what others are computing.
+
+        One behind the first goes before it if the cache has much more of its text, which might be
+        gone later; but only so many do.
+        """
+        first = self.waiting.first(LOOK_AHEAD)
+        if not self.sharing.is_enabled:
+            return first[0]
+        for sequence in first:
+            if sequence.expected_hit is None:
+                self._look_at(sequence, chosen)
+        ready = [sequence for sequence in first if not joint_prefill.is_led(sequence)]
+        if not ready:
+            return None
+        best = max(ready, key=_expected_hit)
+        gain = _expected_hit(best) - _expected_hit(ready[0])
+        if gain < self.sharing.min_shared_tokens or ready[0].num_passed == LOOK_AHEAD:
+            return ready[0]
+        ready[0].num_passed += 1
+        return best
+
+    def _look_at(self, sequence: Sequence, chosen: dict[str, ScheduledSequence]) -> None:
+        """Find out what the cache has of its text, and who is about to compute more of it."""
+        hit = self.sharing.match(sequence)
+        sequence.expected_hit = self.sharing.num_tokens(hit)
+        for leader in self.running:
+            if leader.is_prefilling:
+                scheduled = chosen.get(leader.request_id)
+                start = scheduled.end if scheduled else leader.num_computed_tokens
+                joint_prefill.lead(leader, [sequence], start, self.sharing)
 
     def _begin(
-        self, sequence: Sequence, hit: PrefixHit | None, budget: int, promised: PageCount
+        self, sequence: Sequence, hit: PrefixHit | None, budget: int
     ) -> ScheduledSequence | None:
         """The first chunk of a waiting sequence; None, and nothing taken, if there is no room."""
         self.sharing.begin(sequence, hit)
         scheduled = None
-        if self.sharing.make_room(promised + self._missing(sequence)):
+        if self.sharing.make_room(self._promised() + self._missing(sequence)):
+            if self.sharing.is_enabled:
+                start = sequence.num_computed_tokens
+                others = islice(self.waiting, MAX_LED)
+                joint_prefill.lead(sequence, others, start, self.sharing)
             scheduled = self._take_pages(sequence, budget)
         if scheduled is None:
             self._release(sequence)
@@ -231,11 +284,13 @@ class Scheduler:
         return promised
 
     def _preempt(self, sequence: Sequence) -> None:
-        _remove(sequence, self.running)
+        remove_sorted(self.running, sequence, rank_of)
         sequence.num_once_computed = max(sequence.num_once_computed, sequence.num_computed_tokens)
         self._release(sequence)
         sequence.status = SequenceStatus.WAITING
-        insort(self.waiting, sequence, key=_rank)
+        sequence.expected_hit = None
+        self.waiting.add(sequence)
+        self._blocked = None
 
     def _release(self, sequence: Sequence) -> None:
         self.sharing.end(sequence)
@@ -247,8 +302,9 @@ class Scheduler:
         sequence.status = SequenceStatus.FINISHED
         sequence.finish_reason = reason
         del self._by_id[sequence.request_id]
+        self.waiting.leave(sequence)
+        self._blocked = None
 
 
-def _remove(sequence: Sequence, queue: list[Sequence]) -> None:
-    """Take it out of a queue in the order of ranks, without looking through all of it."""
-    del queue[bisect_left(queue, sequence.rank, key=_rank)]
+def _expected_hit(sequence: Sequence) -> int:
+    return sequence.expected_hit or 0

@@ -1,5 +1,6 @@
 """One stream of tokens that the scheduler advances: its tokens, its progress, its pages."""
 
+from bisect import insort
 from collections import Counter
 from dataclasses import dataclass, field
 from enum import Enum
@@ -27,9 +28,14 @@ class Sequence:
 
     `stop_token_ids` is the checkpoint's EOS set and the request's own, ready for look-ups.
     `block` is how far its text is in the prefix cache, `last_checkpoint` the newest that it put
-    there and may take away again, `branch` where other texts in the cache go other ways;
-    `num_cached_tokens` of the prompt were found there. `num_once_computed` tokens had K/V before
-    the sequence was last preempted. `arrival` is the scheduler's: how many sequences came before.
+    there and may take away again, `stops` positions, ascending, where others have gone or may go
+    other ways; `num_cached_tokens` of the prompt were found there. `num_once_computed` tokens had
+    K/V before the sequence was last preempted.
+
+    The scheduler's own: `arrival`, how many sequences came before; `is_due`, it has waited so long
+    that it outranks all that aren't; `expected_hit`, tokens that were in the cache when it was
+    looked at; `num_passed`, how many behind it went first; `leader`, who computes the first
+    `num_led_tokens` of its text as well.
     """
 
     request_id: str
@@ -46,8 +52,13 @@ class Sequence:
     num_cached_tokens: int = 0
     block: Block | None = None
     last_checkpoint: Block | None = None
-    branch: int = 0
+    stops: list[int] = field(default_factory=list)
     arrival: int = 0
+    is_due: bool = False
+    expected_hit: int | None = None
+    num_passed: int = 0
+    leader: "Sequence | None" = None
+    num_led_tokens: int = 0
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     output_counts: Counter[int] = field(default_factory=Counter)
@@ -75,9 +86,9 @@ class Sequence:
         return self.num_uncomputed_tokens > 1
 
     @property
-    def rank(self) -> tuple[int, int]:
+    def rank(self) -> tuple[bool, int, int]:
         """Who goes first: the lower one."""
-        return self.params.priority, self.arrival
+        return not self.is_due, self.params.priority, self.arrival
 
     @property
     def is_too_short(self) -> bool:
@@ -95,6 +106,11 @@ class Sequence:
         if self.grammar is None and self.thought_limit is None:  # as a rule, and soon decided
             return False
         return self.grammar is not None or self.forced_id is not None
+
+    def add_stop(self, position: int) -> None:
+        """Have a chunk end there, and a checkpoint stay."""
+        if position > 0 and position not in self.stops:
+            insort(self.stops, position)
 
     def append(self, token_id: int) -> FinishReason | None:
         """Add a sampled token, which the mask has to allow; return why the sequence ends with it,

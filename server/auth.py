@@ -1,10 +1,12 @@
 """Who may use the server: API keys, as plain ASGI.
 
-Without keys everyone may. With keys nothing but the two probes is open, whatever the path.
+Without keys everyone may. With keys nothing but the two probes is open, whatever the path. Who uses
+the same key is one *tenant*, and the scheduler is fair between tenants.
 """
 
 import secrets
 from collections.abc import Sequence
+from contextvars import ContextVar
 from pathlib import Path
 
 from starlette.datastructures import Headers
@@ -14,6 +16,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from bezel.engine.errors import ConfigError
 from bezel.server.config import ServerConfig
 from bezel.server.errors import error_response
+
+# Of the HTTP request being served: the number of its key, never the key.
+tenant: ContextVar[str] = ContextVar("tenant", default="")
 
 _PUBLIC_PATHS = frozenset({"/health", "/ready"})
 
@@ -50,7 +55,9 @@ class ApiKey:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         is_open = not self._keys or scope["type"] == "lifespan" or scope["path"] in _PUBLIC_PATHS
-        if is_open or self._is_known(_token(Headers(scope=scope))):
+        number = None if is_open else self._number_of(_token(Headers(scope=scope)))
+        if is_open or number is not None:
+            tenant.set("" if number is None else f"key {number}")
             await self._app(scope, receive, send)
             return
         error = HTTPException(
@@ -60,10 +67,11 @@ class ApiKey:
         )
         await error_response(error, scope["path"])(scope, receive, send)
 
-    def _is_known(self, token: str) -> bool:
+    def _number_of(self, token: str) -> int | None:
+        """Which of the keys it is, or None."""
         # Every key is compared, each in constant time: the time taken tells nothing.
         matches = [secrets.compare_digest(token.encode("latin-1"), key) for key in self._keys]
-        return any(matches)
+        return matches.index(True) if True in matches else None
 
 
 def _token(headers: Headers) -> str:

@@ -16,6 +16,7 @@ from starlette.responses import Response
 from bezel.engine.errors import InvalidRequest
 from bezel.engine.sampling_params import SamplingParams
 from bezel.server.answers import Answer
+from bezel.server.auth import tenant
 from bezel.server.chat import Thinking
 from bezel.server.chat_answer import ChatAnswer
 from bezel.server.checks import check_request, truncated_prompt
@@ -86,6 +87,8 @@ async def chat_requests(
         grammar=await _checked_grammar(body, model, model.control, prompt.thinking),
         thinking_budget=thinking_budget(body, model.control, prompt.thinking),
     )
+    if prompt_ids == prompt.token_ids:
+        params = msgspec.structs.replace(params, num_preamble_tokens=prompt.num_preamble_tokens)
     new_parser = partial(_chat_parser, body, model, prompt_ids)
     return _text_requests(answer_id, body, [(prompt_ids, params)], new_parser)
 
@@ -165,7 +168,9 @@ def _text_requests(
         TextRequest(
             request_id=f"{answer_id}-{index}",
             prompt_ids=prompt_ids,
-            params=msgspec.structs.replace(params, seed=seed_of_choice(params.seed, number)),
+            params=msgspec.structs.replace(
+                params, seed=seed_of_choice(params.seed, number), tenant=tenant.get()
+            ),
             parser=new_parser(),
             include_stop=bool(body.include_stop_str_in_output),
             hides_tokens=wants_no_tokens(body),

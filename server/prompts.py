@@ -29,10 +29,15 @@ _RESERVED_KWARGS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A rendered conversation, and whether a thought may or must come next."""
+    """A rendered conversation, and whether a thought may or must come next.
+
+    The first `num_preamble_tokens` are the system's turn, tools included: what the prompts of one
+    application begin with. 0 if there is none, or none that can be told from the user's.
+    """
 
     token_ids: list[int]
     thinking: Thinking
+    num_preamble_tokens: int
 
 
 async def chat_prompt(
@@ -60,7 +65,11 @@ async def chat_prompt(
     )
     check_token_ids(token_ids, vocab_size, "messages")
     continues = bool(request.continue_final_message)
-    return ChatPrompt(token_ids, _thinking(token_ids, control, continues))
+    return ChatPrompt(
+        token_ids,
+        _thinking(token_ids, control, continues),
+        _num_preamble_tokens(token_ids, tokenizer, control),
+    )
 
 
 async def completion_prompts(
@@ -187,6 +196,17 @@ def _thinking(
             break
     may_think = control.think in token_ids and not continues_answer
     return Thinking.ON if may_think else Thinking.OFF
+
+
+def _num_preamble_tokens(
+    token_ids: list[int], tokenizer: Tokenizer, control: ControlTokens | None
+) -> int:
+    if control is None or token_ids.count(control.turn_open) < 2:
+        return 0
+    role = token_ids.index(control.turn_open) + 1
+    if not tokenizer.decode(token_ids[role : role + len("system")]).startswith("system"):
+        return 0
+    return token_ids.index(control.turn_open, role)
 
 
 async def _off_loop(inputs: Any, param: str, tokenize: Callable[[], T]) -> T:

@@ -360,6 +360,7 @@ def test_random_traffic(
     operations: list[tuple[str, int, int]],
 ) -> None:
     scheduler = make_scheduler(window, num_sectors, budget, max_num_seqs=4, caching=caching)
+    scheduler.sharing.min_shared_tokens = scheduler.sharing.page_size
     pool, layout = scheduler.pool, scheduler.pool.layout
     capacity = num_sectors * layout.sector_bytes
     cache = CacheModel(layout)
@@ -378,7 +379,7 @@ def test_random_traffic(
         most = layout.max_local_pages * (2 if caching and mid_step else 1) + slack
         assert all(h.local <= most for h in held)
         assert len(ended) == len(set(ended))
-        for queue in (scheduler.waiting, scheduler.running):
+        for queue in (list(scheduler.waiting), scheduler.running):
             assert queue == sorted(queue, key=lambda sequence: sequence.rank)
 
     def step(token_id: int) -> None:
@@ -401,8 +402,12 @@ def test_random_traffic(
             # Some begin alike and go different ways, some may share nothing.
             branch = 7 * second
             sequence.token_ids[branch:] = [6 + second % 3] * len(sequence.token_ids[branch:])
-            salted = msgspec.structs.replace(sequence.params, cache_salt=str(first % 2))
-            sequence.params = salted
+            sequence.params = msgspec.structs.replace(
+                sequence.params,
+                cache_salt=str(first % 2),
+                tenant=str(first % 5 % 2),
+                num_preamble_tokens=branch,
+            )
             alive[sequence.request_id] = sequence
             scheduler.add(sequence)
         elif kind == "abort" and alive:

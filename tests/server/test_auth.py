@@ -128,3 +128,22 @@ async def test_named_origins_are_let_in(make_app: Any, client_for: Any) -> None:
 def test_credentials_from_everywhere_are_a_mistake() -> None:
     with pytest.raises(ConfigError, match="allow_credentials"):
         ServerConfig(allowed_origins=("*",), allow_credentials=True)
+
+
+async def test_each_key_is_a_tenant_of_its_own(
+    make_app: Any, client_for: Any, engine: Any, say: Any, chat: Any
+) -> None:
+    say("x")
+    async with client_for(make_app(api_key=("first", "second"))) as client:
+        for key in ("second", "first", "second"):
+            headers = {"authorization": f"Bearer {key}"}
+            assert (await client.post(CHAT, json=chat(), headers=headers)).status_code == 200
+    assert [params.tenant for _, params in engine.requests] == ["key 1", "key 0", "key 1"]
+
+
+async def test_without_keys_all_are_one_tenant(
+    client: httpx.AsyncClient, engine: Any, say: Any, chat: Any
+) -> None:
+    say("x")
+    assert (await client.post(CHAT, json=chat())).status_code == 200
+    assert [params.tenant for _, params in engine.requests] == [""]

@@ -4,7 +4,7 @@ import threading
 from typing import Any
 
 import pytest
-from gemma4_chat import gemma4_tokenizer, template_source
+from gemma4_chat import TEMPLATES, gemma4_tokenizer, template_source
 
 from bezel.engine.errors import InvalidRequest
 from bezel.engine.tokenizer import Tokenizer
@@ -338,3 +338,30 @@ async def test_tool_choices_are_checked(choice: Any, param: str) -> None:
     with pytest.raises(InvalidRequest) as error:
         await prompt_of(gemma4_tokenizer(), tools=[TOOL], tool_choice=choice)
     assert error.value.param == param
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+async def test_the_preamble_is_the_systems_turn_with_its_tools(template: str) -> None:
+    tokenizer = gemma4_tokenizer(template)
+    system = {"role": "system", "content": "Be kind."}
+    for messages, tools in (([system, USER], []), ([USER], [TOOL]), ([system, USER], [TOOL])):
+        prompt = await prompt_of(tokenizer, messages=messages, tools=tools)
+        other = await prompt_of(
+            tokenizer, messages=[*messages[:-1], {"role": "user", "content": "y"}], tools=tools
+        )
+        preamble = prompt.token_ids[: prompt.num_preamble_tokens]
+        assert preamble == other.token_ids[: other.num_preamble_tokens]
+        text = tokenizer.decode(preamble, skip_special_tokens=False)
+        assert text.startswith("<bos><|turn>system\n") and text.endswith("<turn|>\n")
+
+
+@pytest.mark.parametrize(
+    "messages", [[USER], [USER, {"role": "assistant", "content": "system"}, USER]]
+)
+async def test_without_a_systems_turn_there_is_no_preamble(messages: list[Any]) -> None:
+    prompt = await prompt_of(gemma4_tokenizer(TEMPLATES[0]), messages=messages)
+    assert prompt.num_preamble_tokens == 0
+
+
+async def test_a_tokenizer_without_control_tokens_knows_no_preamble(tokenizer: Any) -> None:
+    assert (await prompt_of(tokenizer)).num_preamble_tokens == 0

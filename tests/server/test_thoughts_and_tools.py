@@ -275,3 +275,22 @@ def streamed_calls(choices: list[Any]) -> list[tuple[str, str]]:
             name, arguments = calls[piece["index"]]
             calls[piece["index"]] = (name, arguments + function["arguments"])
     return calls
+
+
+async def test_the_engine_hears_where_the_preamble_ends(
+    gemma4_client: Any,
+    engine: Any,
+    say: Any,
+    chat: Any,
+    gemma4_tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    preamble = gemma4_tokenizer.ids("<bos><|turn>system\nBe kind.<turn|>\n")
+    prompt = [*preamble, *gemma4_tokenizer.ids("<|turn>user\nHello<turn|>\n")]
+    monkeypatch.setattr(gemma4_tokenizer, "render_chat", lambda *_, **__: prompt)
+    say("x<turn|>")
+    await gemma4_client.post(CHAT, json=chat())
+    await gemma4_client.post(CHAT, json=chat(truncate_prompt_tokens=9))
+    (_, whole), (_, cut) = engine.requests
+    assert whole.num_preamble_tokens == len(preamble)
+    assert cut.num_preamble_tokens == 0
