@@ -34,6 +34,7 @@ class PageTables:
     __slots__ = (
         "_local_held",
         "_slid",
+        "_steady_until",
         "global_table",
         "layout",
         "local_table",
@@ -47,6 +48,7 @@ class PageTables:
         self.local_table = [NO_PAGE] * layout.ring_size
         self._local_held = range(0)
         self._slid: list[int] = []
+        self._steady_until = 0
 
     @property
     def held(self) -> PageCount:
@@ -77,6 +79,10 @@ class PageTables:
         """All local pages held, those that slid out in the step under way too."""
         return [*(self._entry(index) for index in self._local_held), *self._slid]
 
+    def is_steady(self, end: int) -> bool:
+        """Whether one more token, the one before `end`, changes nothing about the pages held."""
+        return end <= self._steady_until
+
     def num_missing(
         self, start: int, end: int, pool: PagePool, anchor: int | None = None
     ) -> PageCount:
@@ -106,13 +112,15 @@ class PageTables:
             self.local_table[index % self.layout.ring_size] = page
         self._slid = slid
         self._local_held = range(kept.start if kept else incoming.start, incoming.stop)
+        self._steady_until = self._next_change()
         return read_table
 
     def release_slid(self, pool: PagePool) -> None:
         """Give back what slid out of the window; call when the step has been computed."""
-        for page in self._slid:
-            pool.free_local(page)
-        self._slid = []
+        if self._slid:
+            for page in self._slid:
+                pool.free_local(page)
+            self._slid = []
 
     def release_all(self, pool: PagePool) -> None:
         """Give back everything, also in the middle of a step that will not run."""
@@ -125,6 +133,16 @@ class PageTables:
         self.num_shared_global = 0
         self.local_table = [NO_PAGE] * self.layout.ring_size
         self._local_held = range(0)
+        self._steady_until = 0
+
+    def _next_change(self) -> int:
+        """Up to how many tokens the pages held are those of the sequence."""
+        layout, held = self.layout, self._local_held
+        last_in_window = (held.start + 1) * layout.local_page_size + layout.window - 2
+        filled = min(
+            held.stop * layout.local_page_size, len(self.global_table) * layout.global_page_size
+        )
+        return min(last_in_window, filled)
 
     def _entry(self, index: int) -> int:
         return self.local_table[index % self.layout.ring_size]

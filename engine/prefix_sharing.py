@@ -93,7 +93,7 @@ class PrefixSharing:
 
     def computed(self, sequence: Sequence, start: int, end: int, anchor: int) -> None:
         """Book a computed chunk, while its windows are still held."""
-        if sequence.block is None:
+        if sequence.block is None or (end - start == 1 and end % self.page_size):
             return
         self._add_blocks(sequence, end)
         is_prompt_end = end - start > 1 and end == sequence.num_tokens

@@ -29,7 +29,7 @@ LOOK_AHEAD = 8
 MAX_LED = 32
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ScheduledSequence:
     """Positions [start, start + num_tokens) of a sequence; `local_read_table` as before the step
     if the chunk has several tokens, `anchor` a position whose window is kept (see `page_tables`).
@@ -125,14 +125,13 @@ class Scheduler:
         step = ScheduledStep()
         chosen: dict[str, ScheduledSequence] = {}
         budget = self._token_budget
-        # A list first: preemption takes sequences out of `running` while this goes on.
-        for prefilling in (False, True):
-            if prefilling and chosen:
-                budget = min(budget, self._mixed_budget)
-            for sequence in [s for s in self.running if s.is_prefilling is prefilling]:
-                if budget == 0:
-                    break
-                budget -= self._schedule_running(sequence, budget, step, chosen)
+        # Lists first: preemption takes sequences out of `running` while this goes on.
+        prefilling = [sequence for sequence in self.running if sequence.is_prefilling]
+        decoding = [sequence for sequence in self.running if not sequence.is_prefilling]
+        budget -= self._schedule_all(decoding, budget, step, chosen)
+        if chosen:
+            budget = min(budget, self._mixed_budget)
+        budget -= self._schedule_all(prefilling, budget, step, chosen)
         # After a preemption the pages are spoken for, unless the last to run has preempted itself:
         # its pages lay scattered over sectors that it fills when it starts afresh.
         if not step.num_preemptions or not chosen:
@@ -164,6 +163,21 @@ class Scheduler:
         self.sharing.trim()
         return sampled
 
+    def _schedule_all(
+        self,
+        sequences: Iterable[Sequence],
+        budget: int,
+        step: ScheduledStep,
+        chosen: dict[str, ScheduledSequence],
+    ) -> int:
+        """Schedule running sequences one after the other; return the budget they took."""
+        taken = 0
+        for sequence in sequences:
+            if taken == budget:
+                break
+            taken += self._schedule_running(sequence, budget - taken, step, chosen)
+        return taken
+
     def _schedule_running(
         self,
         sequence: Sequence,
@@ -187,6 +201,9 @@ class Scheduler:
 
     def _take_pages(self, sequence: Sequence, budget: int) -> ScheduledSequence | None:
         start = sequence.num_computed_tokens
+        if sequence.pages.is_steady(start + 1) and not sequence.is_prefilling:
+            # As a rule; what follows would come to the same.
+            return ScheduledSequence(sequence, start, 1, sequence.pages.local_table, start + 1)
         end = start + min(sequence.num_uncomputed_tokens, self._max_chunk, budget)
         end, anchor = self.sharing.chunk(sequence, start, end)
         if not self._has_room(sequence, start, end, anchor):

@@ -73,3 +73,23 @@ def test_a_chunk_reads_the_table_from_before_it() -> None:
     assert [read_table[i % shape.ring_size] for i in (2, 3)] == old
     new = [tables.local_table[i % shape.ring_size] for i in (6, 7)]
     assert sorted(new) == sorted(old), "the pages that slide out are the ones that slide in"
+
+
+@given(window=st.integers(2, 80), start=st.integers(2, 150), lead=st.integers(0, 63))
+def test_the_pages_are_right_after_every_token_most_of_which_are_steady(
+    window: int, start: int, lead: int
+) -> None:
+    shape = layout(window)
+    pool = PagePool(shape, arena_bytes=64 * 1000)
+    tables = PageTables(shape)
+    tables.extend(0, start, pool, anchor=max(1, start - lead))
+    tables.release_slid(pool)
+    num_steady = 0
+    for end in range(start + 1, start + 200):
+        if tables.is_steady(end):
+            num_steady += 1
+        else:
+            tables.extend(end - 1, end, pool)
+            tables.release_slid(pool)
+        assert tables.held == shape.pages(end)
+    assert num_steady > 150
