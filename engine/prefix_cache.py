@@ -14,17 +14,25 @@ layers' sake, but their global keys and values aren't written twice.
 Pages are the cache's like anyone's, counted by the pool. When room is needed the checkpoint goes
 whose loss costs the least computing per byte, older ones counting less (GreedyDual-Size-Frequency,
 Cherkasova 1998), and with it the blocks that only led there.
+
+If more texts take turns than there is room for, each would be dropped just before it comes again.
+So what comes back too late counts, until it is used, for a random share of its worth: the smaller,
+the more have come too late of late. Others then stay long enough (after Qureshi et al. 2007,
+"Adaptive insertion policies").
 """
 
 import heapq
 import itertools
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from bezel.engine.page_pool import PagePool
 
-# Of a checkpoint that the same conversation has gone beyond, and no other has branched off below.
-_SUPERSEDED_WEIGHT = 0.05
+# Evicted checkpoints whose texts are remembered, to notice when they come again.
+_MAX_REMEMBERED = 4096
+# Texts that come again, of which the latest count most; and how much it matters how many are late.
+_MEMORY, _SHARPNESS = 32, 8
 # Entries of checkpoints that are gone, before the heap is made anew.
 _MAX_LEFT_OVER = 1024
 
@@ -34,7 +42,8 @@ class Block:
     """The text of one global page, after that of its parent.
 
     `window` is the checkpoint's local pages, in order; None without one. `num_users` sequences have
-    computed to here and will go on. `num_uses` and `stamp` are what eviction goes by.
+    computed to here and will go on. `num_uses`, `stamp` and `share` are what eviction goes by.
+    `key` stands for all the text up to here.
     """
 
     parent: "Block | None"
@@ -46,6 +55,8 @@ class Block:
     num_users: int = 0
     num_uses: int = 0
     stamp: float = 0.0
+    key: int = 0
+    share: float = 1.0
 
     def ancestor(self, depth: int) -> "Block":
         """The block of that depth on the way here, perhaps this one."""
@@ -77,12 +88,15 @@ class PrefixCache:
         # of now. Those of blocks without one are left over.
         self._heap: list[tuple[float, int, Block]] = []
         self._order = itertools.count()
+        self._evicted: dict[int, None] = {}  # keys, oldest first
+        self._late = 0.0  # how many of those that come again come too late, recently
+        self._random = random.Random(0)
         self.num_checkpoints = 0
         self.num_evicted = 0
 
     def root(self, salt: str) -> Block:
         """Where text under this salt begins. Other salts never see it."""
-        return self._roots.setdefault(salt, Block(None, (), -1, 0))
+        return self._roots.setdefault(salt, Block(None, (), -1, 0, key=hash(salt)))
 
     def match(self, token_ids: Sequence[int], salt: str) -> PrefixHit | None:
         """What is there of a text, all of which but one token at most; None if nothing is."""
@@ -104,6 +118,8 @@ class PrefixCache:
         """A sequence resumes here, or would leave the same: worth more from now on."""
         checkpoint.num_uses += 1
         checkpoint.stamp = self._clock
+        checkpoint.share = 1.0
+        self._late -= self._late / _MEMORY
 
     def enter(self, block: Block) -> None:
         """A sequence goes on from here: the block stays until it leaves."""
@@ -122,7 +138,12 @@ class PrefixCache:
         assert len(token_ids) == self._block_size
         child = block.children.get(token_ids)
         if child is None:
-            child = Block(block, token_ids, page, block.depth + 1)
+            key, share = hash((block.key, token_ids)), block.share
+            if key in self._evicted:
+                del self._evicted[key]
+                self._late += (1 - self._late) / _MEMORY
+                share = self._random.random() ** (_SHARPNESS * self._late)
+            child = Block(block, token_ids, page, block.depth + 1, key=key, share=share)
             block.children[token_ids] = child
             self._pool.cache_pages(global_=[page])
             if block.window is not None and len(block.children) == 1:
@@ -162,6 +183,10 @@ class PrefixCache:
                 continue
             self._clock = max(self._clock, priority)
             self.num_evicted += 1
+            if not block.children:
+                self._evicted[block.key] = None
+                if len(self._evicted) > _MAX_REMEMBERED:
+                    del self._evicted[next(iter(self._evicted))]
             self._remove_checkpoint(block)
             return True
         return False
@@ -189,6 +214,8 @@ class PrefixCache:
         """Tokens to compute again for each MiB that its loss would free, added to the clock's
         reading when it was last used."""
         assert block.window is not None
+        if len(block.children) == 1:
+            return block.stamp  # its only conversation has gone beyond it
         layout = self._pool.layout
         num_blocks, parent = 1, block.parent
         while parent is not None and parent.parent is not None and parent.window is None:
@@ -196,8 +223,7 @@ class PrefixCache:
             parent = parent.parent
         num_bytes = len(block.window) * layout.local_page_bytes
         num_bytes += num_blocks * layout.global_page_bytes
-        weight = _SUPERSEDED_WEIGHT if len(block.children) == 1 else 1.0
-        saved = num_blocks * self._block_size * block.num_uses * weight
+        saved = num_blocks * self._block_size * block.num_uses * block.share
         return block.stamp + saved * 2**20 / num_bytes
 
     def _remove_checkpoint(self, block: Block) -> None:

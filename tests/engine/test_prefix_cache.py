@@ -179,3 +179,47 @@ def test_what_is_gone_leaves_nothing_behind(cache: PrefixCache, pool: PagePool) 
     assert len(cache._heap) < 2000
     assert pool.used == PageCount(2, 1)
     assert cache.evict() and not cache.evict()
+
+
+def hits_of_turns(num_texts: int, room: int, order: list[int]) -> list[bool]:
+    """Whether each text was found whose turn it was, with room for `room` of them."""
+    pool = PagePool(LAYOUT, 1000 * LAYOUT.sector_bytes)
+    cache = PrefixCache(pool)
+    texts = [[i] * (4 * SIZE + 1) for i in range(num_texts)]
+    hits = []
+    for i in order:
+        hit = cache.match(texts[i], "")
+        hits.append(hit is not None)
+        if hit is not None and hit.checkpoint is not None:
+            cache.mark_used(hit.checkpoint)
+        else:
+            remember(cache, pool, texts[i], [4])
+        while cache.num_checkpoints > room:
+            cache.evict()
+    return hits
+
+
+def test_texts_that_take_turns_are_found_in_part_if_not_all_fit() -> None:
+    """Whoever always gives up the oldest finds none of them."""
+    hits = hits_of_turns(10, 8, list(range(10)) * 40)
+    assert sum(hits[200:]) > 200 * 0.4
+    assert sum(hits_of_turns(10, 10, list(range(10)) * 40)) == 390
+
+
+def test_texts_that_do_not_come_again_drive_out_none_that_do() -> None:
+    order = [text for i in range(4, 400) for text in (i, i % 4)]
+    hits = hits_of_turns(400, 8, order)
+    assert not any(hits[0::2]) and all(hits[9::2])
+
+
+def test_what_was_evicted_is_remembered_only_for_a_while(
+    cache: PrefixCache, pool: PagePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bezel.engine.prefix_cache._MAX_REMEMBERED", 5)
+    for i in range(20):
+        remember(cache, pool, [i] * (SIZE + 1), [1])
+    while cache.evict():
+        pass
+    assert len(cache._evicted) == 5
+    remember(cache, pool, [19] * (SIZE + 1), [1])
+    assert len(cache._evicted) == 4
