@@ -123,6 +123,18 @@ def test_many_at_once_in_chunks(compare: Any, chunk: int) -> None:
 
 
 @few
+@pytest.mark.parametrize("budget", [150, 4000])
+def test_a_beginning_that_comes_many_times_at_once(compare: Any, budget: int) -> None:
+    """It is computed once, whether it takes a step or several."""
+    pair = compare(max_num_batched_tokens=budget, max_num_seqs=16)
+    start = text(0, 5 * PAGE + 3)
+    prompts = [start + text(10 + i, 20 + i) for i in range(6)]
+    pair.run(prompts)
+    once = sum(map(len, prompts)) - (len(prompts) - 1) * 5 * PAGE
+    assert pair.warm.num_prefilled == once
+
+
+@few
 def test_under_pressure(compare: Any, tiny: Any, device: str) -> None:
     """Hardly more room than the longest needs: pages are evicted, sequences preempted."""
     layout = RecordingEngine(tiny.path, device).runner.layout
