@@ -14,7 +14,7 @@ token is written before it is read (its attention reads pages only), so there no
 within the step; pages that slid out go back to the pool when the step is done.
 
 A step may also keep the window of an earlier position, its *anchor*, for the prefix cache: a global
-page's worth of tokens more, until the next step. Pages that others hold too are never reused, so
+page's worth of tokens more, until the step is done. Pages that others hold too are never reused, so
 that until the step is done there are new ones beside them.
 """
 
@@ -121,6 +121,15 @@ class PageTables:
             for page in self._slid:
                 pool.free_local(page)
             self._slid = []
+
+    def release_anchor(self, end: int, pool: PagePool) -> None:
+        """Give back what only the window of an anchor needed; call when the step up to `end` has
+        been computed, and the cache has taken what it wants."""
+        needed = self.layout.local_page_range(end)
+        for index in range(self._local_held.start, needed.start):
+            pool.free_local(self._entry(index))
+        self._local_held = needed
+        self._steady_until = self._next_change()
 
     def release_all(self, pool: PagePool) -> None:
         """Give back everything, also in the middle of a step that will not run."""

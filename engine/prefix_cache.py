@@ -182,14 +182,18 @@ class PrefixCache:
                 self._push(block)  # it was used since, or others went and left more to it
                 continue
             self._clock = max(self._clock, priority)
-            self.num_evicted += 1
-            if not block.children:
-                self._evicted[block.key] = None
-                if len(self._evicted) > _MAX_REMEMBERED:
-                    del self._evicted[next(iter(self._evicted))]
-            self._remove_checkpoint(block)
+            self.give_up(block)
             return True
         return False
+
+    def give_up(self, checkpoint: Block) -> None:
+        """Evict this one."""
+        self.num_evicted += 1
+        if not checkpoint.children:
+            self._evicted[checkpoint.key] = None
+            if len(self._evicted) > _MAX_REMEMBERED:
+                del self._evicted[next(iter(self._evicted))]
+        self._remove_checkpoint(checkpoint)
 
     def _push(self, block: Block) -> None:
         if len(self._heap) > 4 * self.num_checkpoints + _MAX_LEFT_OVER:

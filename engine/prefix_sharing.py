@@ -33,7 +33,7 @@ class PrefixSharing:
 
     def match(self, sequence: Sequence) -> PrefixHit | None:
         """What is there of its text. Log-probabilities of a prompt want all of it computed."""
-        if not self.is_enabled or sequence.params.prompt_logprobs is not None:
+        if not self._shares(sequence) or sequence.params.prompt_logprobs is not None:
             return None
         return self.cache.match(sequence.token_ids, sequence.params.cache_salt)
 
@@ -42,9 +42,12 @@ class PrefixSharing:
         depth = hit.checkpoint.depth if hit is not None and hit.checkpoint is not None else 0
         return depth * self.page_size
 
+    def _shares(self, sequence: Sequence) -> bool:
+        return self.is_enabled and not sequence.is_private
+
     def begin(self, sequence: Sequence, hit: PrefixHit | None) -> None:
         """Give a sequence that starts, or starts anew, what is there of its text."""
-        if not self.is_enabled:
+        if not self._shares(sequence):
             return
         block = self.cache.root(sequence.params.cache_salt)
         if hit is not None:
@@ -81,7 +84,7 @@ class PrefixSharing:
 
     def chunk(self, sequence: Sequence, start: int, end: int) -> tuple[int, int]:
         """The end of a chunk that may go up to `end`, and the position whose window is kept."""
-        if not self.is_enabled or end - start == 1:
+        if not self._shares(sequence) or end - start == 1:
             return end, end
         for stop in sequence.stops:
             if start < stop < end:
@@ -125,6 +128,17 @@ class PrefixSharing:
             self.cache.leave(sequence.block)
         sequence.block = sequence.last_checkpoint = None
         sequence.stops = []
+
+    def give_up_windows(self, sequence: Sequence) -> bool:
+        """Have it share no local pages with checkpoints any more; False if it shares none."""
+        block, is_any = sequence.block, False
+        oldest = sequence.num_computed_tokens - self._pool.layout.window
+        while block is not None and block.depth * self.page_size > oldest:
+            if block.window is not None:
+                self.cache.give_up(block)
+                is_any = True
+            block = block.parent
+        return is_any
 
     def trim(self) -> None:
         """Keep what only the cache holds within its limit."""

@@ -2,10 +2,10 @@
 
 One token budget a step: sequences that decode come first, then prompts under way, then waiting
 ones as `waiting_queue` orders them. A prompt longer than what is left of the budget goes in chunks;
-beside sequences that decode, and would have to wait for it, prompts get a smaller budget. When
-pages run out the last in rank gives up all of its own and waits to be recomputed; one that merely
-waits never takes another's place. No tensors, no clock; the same calls on the same state give the
-same step.
+these are smaller beside sequences that decode, and have to wait for them, unless that would keep
+others waiting in the queue. When pages run out the last in rank gives up all of its own and waits
+to be recomputed; one that merely waits never takes another's place. No tensors, no clock; the same
+calls on the same state give the same step.
 """
 
 from bisect import insort
@@ -129,7 +129,7 @@ class Scheduler:
         prefilling = [sequence for sequence in self.running if sequence.is_prefilling]
         decoding = [sequence for sequence in self.running if not sequence.is_prefilling]
         budget -= self._schedule_all(decoding, budget, step, chosen)
-        if chosen:
+        if chosen and not self.waiting:
             budget = min(budget, self._mixed_budget)
         budget -= self._schedule_all(prefilling, budget, step, chosen)
         # After a preemption the pages are spoken for, unless the last to run has preempted itself:
@@ -150,6 +150,8 @@ class Scheduler:
             sequence.num_computed_tokens = end
             self.sharing.computed(sequence, scheduled.start, end, scheduled.anchor)
             sequence.pages.release_slid(self.pool)
+            if scheduled.anchor != end:
+                sequence.pages.release_anchor(end, self.pool)
             if scheduled.is_prefill:
                 self._blocked = None  # more of its text may be in the cache now
             else:
@@ -195,6 +197,10 @@ class Scheduler:
             victim = self.running[-1]
             undone = chosen.pop(victim.request_id, None)
             returned += undone.num_tokens if undone else 0
+            if len(self.running) == 1:
+                # Not even alone: its pages lie scattered over sectors, and checkpoints hold on to
+                # some. On its own it fits, for it wouldn't have been accepted otherwise.
+                victim.is_private = True
             self._preempt(victim)
             step.num_preemptions += 1
         return -returned
@@ -207,9 +213,13 @@ class Scheduler:
         end = start + min(sequence.num_uncomputed_tokens, self._max_chunk, budget)
         end, anchor = self.sharing.chunk(sequence, start, end)
         if not self._has_room(sequence, start, end, anchor):
-            if anchor == end or not self._has_room(sequence, start, end, end):
-                return None
             anchor = end  # rather no checkpoint than no chunk
+            if not self._has_room(sequence, start, end, end):
+                # Pages of its window that a checkpoint holds as well can't be used again.
+                if not self.sharing.give_up_windows(sequence):
+                    return None
+                if not self._has_room(sequence, start, end, end):
+                    return None
         read_table = sequence.pages.extend(start, end, self.pool, anchor)
         return ScheduledSequence(sequence, start, end - start, read_table, anchor)
 

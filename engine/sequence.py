@@ -30,12 +30,12 @@ class Sequence:
     `block` is how far its text is in the prefix cache, `last_checkpoint` the newest that it put
     there and may take away again, `stops` positions, ascending, where others have gone or may go
     other ways; `num_cached_tokens` of the prompt were found there. `num_once_computed` tokens had
-    K/V before the sequence was last preempted.
+    K/V before the sequence was last preempted. One that `is_private` shares nothing.
 
-    The scheduler's own: `arrival`, how many sequences came before; `is_due`, it has waited so long
-    that it outranks all that aren't; `expected_hit`, tokens that were in the cache when it was
-    looked at; `num_passed`, how many behind it went first; `leader`, who computes the first
-    `num_led_tokens` of its text as well.
+    The scheduler's own: `arrival`, how many sequences came before; `num_started_before`, how many
+    had started by then; `is_due`, it has waited so long that it outranks all that aren't;
+    `expected_hit`, tokens that were in the cache when it was looked at; `num_passed`, how many
+    behind it went first; `leader`, who computes the first `num_led_tokens` of its text as well.
     """
 
     request_id: str
@@ -53,7 +53,9 @@ class Sequence:
     block: Block | None = None
     last_checkpoint: Block | None = None
     stops: list[int] = field(default_factory=list)
+    is_private: bool = False
     arrival: int = 0
+    num_started_before: int = 0
     is_due: bool = False
     expected_hit: int | None = None
     num_passed: int = 0

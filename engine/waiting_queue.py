@@ -5,8 +5,10 @@ one goes first for which the fewest tokens have been computed; of its own, the f
 tenant that comes back from idleness starts level with the least served of the others: what it left
 unused it can't claim later (Sheng et al. 2024, "Fairness in Serving Large Language Models").
 
-Every `OLDEST_TURN`-th place goes, whatever the priorities, to the one that has waited longest of
-the tenant served least. It is *due* then and outranks all others, so that it keeps the place.
+Every `OLDEST_TURN`-th place goes, whatever the priorities, to the one that has waited longest: of
+the tenant served least, but of all tenants as soon as `LONG_WAIT` others have started meanwhile. If
+that puts it before a lower priority it is *due* and outranks all that aren't, so that it keeps the
+place.
 """
 
 from bisect import bisect_left, insort
@@ -20,6 +22,7 @@ from typing import Any
 from bezel.engine.sequence import Sequence
 
 OLDEST_TURN = 8
+LONG_WAIT = 64
 
 rank_of = attrgetter("rank")
 _arrival_of = attrgetter("arrival")
@@ -58,14 +61,17 @@ class WaitingQueue:
             self._num_served[tenant] = max([self._num_served.get(tenant, 0), *sorted(levels)[:1]])
             self._num_unfinished[tenant] = 0
         self._num_unfinished[tenant] += 1
+        sequence.num_started_before = self._num_started
         self.add(sequence)
 
     def leave(self, sequence: Sequence) -> None:
-        """Forget one that has ended. How much its tenant was served is remembered."""
+        """Forget one that has ended. How much its tenant was served counts until all have ended."""
         tenant = sequence.params.tenant
         self._num_unfinished[tenant] -= 1
         if not self._num_unfinished[tenant]:
             del self._num_unfinished[tenant]
+        if not self._num_unfinished:
+            self._num_served.clear()
 
     def add(self, sequence: Sequence) -> None:
         """Have it wait, for the first time or again."""
@@ -89,7 +95,10 @@ class WaitingQueue:
             return []
         line = self._next_line()
         level = line.ranked[0].rank[:2]
-        if self._is_turn_of_oldest:
+        if self._num_started % OLDEST_TURN == OLDEST_TURN - 1:
+            oldest = min((line.by_arrival[0] for line in self._lines.values()), key=_arrival_of)
+            if self._num_started - oldest.num_started_before >= LONG_WAIT:
+                return [oldest]
             oldest = min(self._lines.values(), key=self._age_of).by_arrival[0]
             if oldest.rank[:2] > level:
                 return [oldest]
@@ -105,10 +114,6 @@ class WaitingQueue:
     def charge(self, sequence: Sequence, num_tokens: int) -> None:
         """Book tokens that are computed for its tenant."""
         self._num_served[sequence.params.tenant] += num_tokens
-
-    @property
-    def _is_turn_of_oldest(self) -> bool:
-        return self._num_started % OLDEST_TURN == OLDEST_TURN - 1
 
     def _next_line(self) -> _Line:
         return min(self._lines.values(), key=self._rank_of_line)

@@ -117,12 +117,27 @@ def test_a_lone_sequence_whose_pages_lie_scattered_starts_afresh_at_once(
     scheduler.add(sequence)
     run_step(scheduler)
     can_allocate = scheduler.pool.can_allocate
-    answers = iter([False])
     monkeypatch.setattr(
-        scheduler.pool, "can_allocate", lambda wanted: next(answers, can_allocate(wanted))
+        scheduler.pool,
+        "can_allocate",
+        lambda wanted: not sequence.pages.global_table and can_allocate(wanted),
     )
     step = run_step(scheduler)
     assert (step.num_preemptions, plan(step)) == (1, {"a": (0, 33)})
+
+
+@pytest.mark.parametrize("budget", [20, 64, 100])
+@pytest.mark.parametrize("window", [16, 32, 64])
+def test_a_prompt_that_just_fits_is_computed_with_checkpoints_in_its_way(
+    window: int, budget: int
+) -> None:
+    for num_tokens in range(40, 400, 13):
+        layout = make_scheduler(window).pool.layout
+        num_sectors = layout.num_sectors(layout.peak_pages(num_tokens + 8))
+        scheduler = make_scheduler(window, num_sectors, budget, caching=True)
+        scheduler.add(make_sequence(scheduler, "a", num_tokens, max_tokens=8))
+        steps = [run_step(scheduler) for _ in range(100) if scheduler.has_work]
+        assert not scheduler.has_work and sum(step.num_preemptions for step in steps) <= 1
 
 
 def test_the_lowest_priority_is_admitted_first_and_equal_ones_in_order() -> None:
