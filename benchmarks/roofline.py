@@ -10,20 +10,24 @@ Weights are read once a step; of experts, as many as tokens choose that know no 
 values are read once by each layer that looks at them, also where layers share them. What kernels
 hand on to each other (*activations*: what products and attention take in and put out) may stay in
 the L2 cache, so it is listed but not in the floor. Launches, norms, sampling and the host cost
-nothing. *Held* are weights and KV pages. `--json` prints every part; see step_parts.py.
+nothing. *Held* are weights and KV pages. `--json` prints every part; how they are counted stands in
+engine/planning/step_cost.py.
 """
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from aot.launches import CONFIGS
-from step_parts import DEVICE, MEMORY_BYTES, Model, Part, Step, parts_of
 
 from bezel.engine.config import EngineConfig
 from bezel.engine.model_config import ModelConfig
+from bezel.engine.planning.device import PRESETS
+from bezel.engine.planning.model import PlannedModel
+from bezel.engine.planning.step_cost import Part, StepCost
 
+DEVICE = PRESETS["h100"]
 BATCHES = [1, 8, 64, 512]
 CONTEXT, LONG_CONTEXT = 8192, 65_536
 CHUNKS = [EngineConfig().max_num_batched_tokens, CONTEXT]
@@ -42,11 +46,11 @@ class Row:
 
     @property
     def fits(self) -> bool:
-        return self.held_bytes <= MEMORY_BYTES
+        return self.held_bytes <= DEVICE.memory_bytes
 
     @property
     def seconds(self) -> float:
-        return sum(part.seconds for part in self.parts)
+        return sum(part.floor_s for part in self.parts)
 
     @property
     def num_bytes(self) -> float:
@@ -59,14 +63,13 @@ class Row:
     @property
     def compute_share(self) -> float:
         """Of the time, that of parts which products bound."""
-        return sum(part.seconds for part in self.parts if part.is_compute_bound) / self.seconds
+        return sum(part.floor_s for part in self.parts if part.is_compute_bound) / self.seconds
 
     @property
     def bytes_by_kind(self) -> dict[str, float]:
         kinds = {"weights": 0.0, "experts": 0.0, "keys and values": 0.0}
         for part in self.parts:
-            kind = "keys and values" if part.name.endswith("attention") else part.name
-            kinds[kind if kind in kinds else "weights"] += part.num_bytes
+            kinds["keys and values" if part.kind == "KV" else part.kind] += part.num_bytes
         return kinds
 
     @property
@@ -79,7 +82,8 @@ class Row:
         return self.num_tokens / self.seconds
 
     def as_json(self) -> dict[str, object]:
-        parts = [asdict(part) | {"floor_s": part.seconds} for part in self.parts]
+        names = ("name", "num_bytes", "num_flops", "activation_bytes", "floor_s")
+        parts = [{name: getattr(part, name) for name in names} for part in self.parts]
         return asdict(self) | {
             "bytes": self.bytes_by_kind,
             "activation_bytes": self.activation_bytes,
@@ -92,37 +96,62 @@ class Row:
         }
 
 
-def decode_row(model: Model, context: int, batch: int) -> Row:
-    parts = list(parts_of(model, Step(batch, 1, context, batch)))
-    return Row(model.name, context, batch, batch, parts, model.held_bytes(batch, context))
+def held_bytes(model: PlannedModel, num_seqs: int, context: int) -> int:
+    """Weights and the pages of sequences; not what steps compute with."""
+    layout = model.layout
+    return model.weight_bytes + num_seqs * layout.num_bytes(layout.pages(context))
 
 
-def prefill_row(model: Model, context: int, chunk: int) -> Row:
+def most_sequences(model: PlannedModel, context: int) -> int:
+    """That fit into the device's memory beside the weights."""
+    pages = held_bytes(model, 1, context) - model.weight_bytes
+    return (DEVICE.memory_bytes - model.weight_bytes) // pages
+
+
+def parts_of(model: PlannedModel, sequences: Iterable[tuple[int, int, bool]]) -> list[Part]:
+    """Of a step that computes positions [start, end) of each sequence, with logits or without."""
+    cost = StepCost(model, DEVICE)
+    load = cost.load()
+    for start, end, is_sampled in sequences:
+        load.add(start, end, is_sampled)
+    return cost.parts(load)
+
+
+def decode_row(model: PlannedModel, context: int, batch: int) -> Row:
+    parts = parts_of(model, [(context - 1, context, True)] * batch)
+    return Row(model.name, context, batch, batch, parts, held_bytes(model, batch, context))
+
+
+def prefill_row(model: PlannedModel, context: int, chunk: int) -> Row:
     """A prompt of `context` tokens, in chunks; the last gives logits of the last token."""
     ends = [*range(chunk, context, chunk), context]
-    steps = [
-        Step(1, end - start, end, num_logits=int(end == context))
+    parts = [
+        part
         for start, end in zip([0, *ends], ends, strict=False)
+        for part in parts_of(model, [(start, end, end == context)])
     ]
-    parts = [part for step in steps for part in parts_of(model, step)]
-    return Row(model.name, context, chunk, context, parts, model.held_bytes(1, context))
+    return Row(model.name, context, chunk, context, parts, held_bytes(model, 1, context))
 
 
-def gemma4_models() -> list[Model]:
+def gemma4_models() -> list[PlannedModel]:
     configs = {name: ModelConfig.from_hf(config) for name, config in CONFIGS.items()}
-    return [Model.of(name, config) for name, config in configs.items() if config.family == "gemma4"]
+    return [
+        PlannedModel.of(name, config)
+        for name, config in configs.items()
+        if config.family == "gemma4"
+    ]
 
 
-def decode_rows(models: Sequence[Model], context: int) -> list[Row]:
+def decode_rows(models: Sequence[PlannedModel], context: int) -> list[Row]:
     return [decode_row(model, context, batch) for model in models for batch in BATCHES]
 
 
-def prefill_rows(models: Sequence[Model]) -> list[Row]:
+def prefill_rows(models: Sequence[PlannedModel]) -> list[Row]:
     return [prefill_row(model, CONTEXT, chunk) for model in models for chunk in CHUNKS]
 
 
-def what_fits(models: Sequence[Model], context: int) -> str:
-    most = ", ".join(f"{model.name} {model.most_sequences(context):,}" for model in models)
+def what_fits(models: Sequence[PlannedModel], context: int) -> str:
+    most = ", ".join(f"{model.name} {most_sequences(model, context):,}" for model in models)
     return f"Sequences of {context:,} tokens that fit beside the weights: {most}."
 
 
@@ -160,9 +189,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "decode": [row.as_json() for found in decodes.values() for row in found],
             "prefill": [row.as_json() for row in prefills],
         }
-        print(json.dumps({"device": DEVICE, "is_measured": False} | rows, indent=1))
+        print(json.dumps({"device": DEVICE.name, "is_measured": False} | rows, indent=1))
         return
-    print(f"Computed for one {DEVICE}, not measured.")
+    print(f"Computed for one {DEVICE.name}, not measured.")
     for context, found in decodes.items():
         print(f"\nA decode step, {context:,} tokens of context\n\n{table('Sequences', found)}")
         print(f"\n{what_fits(models, context)}")

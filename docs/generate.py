@@ -25,6 +25,9 @@ take `1`, `0`, `true` and `false`. Several values are separated by commas in a v
 be given as `1500000000`, `1500m` or `1.5G`, where a small letter counts in thousands and a capital
 in 1024s.
 
+`bezel serve --dry-run` takes all of these, prints what would fit into this machine's memory and
+ends; `bezel plan` does the same for a machine that isn't there.
+
 Kubernetes gives a pod variables for each Service, and those of one called `bezel` begin with
 `BEZEL_` too: call it something else, or set `enableServiceLinks: false`.
 

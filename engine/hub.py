@@ -5,16 +5,29 @@ offline mode from its usual environment variables. This module picks the files a
 exceptions into one line for the user.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from bezel.engine.errors import CheckpointError
 
 # No pickles, no images, no GGUF variants.
-_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_FILES = ("*.safetensors", "*.json", "*.jinja", "tokenizer.model")
 
 
-def download(repo_id: str, revision: str | None = None) -> Path:
-    """The directory with the snapshot of a repository.
+def download_config(repo_id: str, revision: str | None = None) -> Path:
+    """The config.json of a repository, and nothing else of it.
+
+    Raises:
+        CheckpointError: as `download`, or there is none.
+    """
+    path = download(repo_id, revision, ["config.json"]) / "config.json"
+    if not path.exists():
+        raise CheckpointError(f"{repo_id} has no config.json on the Hugging Face hub")
+    return path
+
+
+def download(repo_id: str, revision: str | None = None, files: Sequence[str] = _FILES) -> Path:
+    """The directory with the snapshot of a repository: those of its `files` that it has.
 
     Raises:
         CheckpointError: no such repository, no access to it, or no connection.
@@ -30,7 +43,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=_FILES))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(files)))
     except GatedRepoError as error:
         raise CheckpointError(
             f"{repo_id} is gated: accept its terms on https://huggingface.co/{repo_id}, "

@@ -1,13 +1,20 @@
-"""How large the arena is, and the longest sequence it serves."""
+"""How large the arena is, the longest sequence it serves, and how many of a length.
 
+The engine asks with the memory that its device has left, the planner with that of a device it has
+only read of.
+"""
+
+import math
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import ConfigError
-from bezel.engine.kv_layout import KVLayout
+from bezel.engine.kv_layout import KVLayout, PageCount
 from bezel.engine.logprobs import PROMPT_ROWS
 from bezel.engine.model_config import ModelConfig
 from bezel.kernels.decode_combine import Splits
@@ -18,23 +25,54 @@ WORKSPACE_BYTES = 1 << 30  # cuBLAS, CUDA graphs, what the allocator can't join
 CPU_SHARE = 0.25  # of available memory: the arena fills only as it is used, but never shrinks
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Of a GPU, or of the system for a CPU; `free_bytes` of it are nobody's."""
+
+    is_gpu: bool
+    total_bytes: int
+    free_bytes: int
+
+    @classmethod
+    def of(cls, device: torch.device) -> "DeviceMemory":
+        """As it is now."""
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            return cls(True, total, free)
+        available = _available_cpu_bytes()
+        return cls(False, available, available)
+
+    def with_weights(self, num_bytes: int) -> "DeviceMemory":
+        """When they have been loaded."""
+        return replace(self, free_bytes=max(0, self.free_bytes - num_bytes))
+
+    def usable_bytes(self, config: EngineConfig) -> int:
+        """What of it the engine may take."""
+        if self.is_gpu:
+            left_alone = self.total_bytes * (1 - config.gpu_memory_utilization)
+            return max(0, int(self.free_bytes - left_alone))
+        return int(self.free_bytes * CPU_SHARE)
+
+
 def arena_bytes(
     config: EngineConfig,
+    model: ModelConfig,
     layout: KVLayout,
-    max_positions: int,
-    device: torch.device,
-    reserved_bytes: int = 0,
+    value_bytes: int,
+    memory: DeviceMemory,
 ) -> int:
     """Bytes for KV pages: the flag, or a share of free memory, but no more than could be used.
 
-    `reserved_bytes` of free memory are left for what steps compute.
+    `memory` is that beside the weights. On a GPU, what steps compute with is left free.
     """
     if config.kv_cache_memory_bytes is not None:
         return config.kv_cache_memory_bytes
-    longest = min(config.max_model_len or max_positions, max_positions)
+    positions = model.max_position_embeddings
+    longest = min(config.max_model_len or positions, positions)
     per_sequence = layout.num_sectors(layout.peak_pages(longest)) * layout.sector_bytes
-    free_bytes = max(0, _free_bytes(config, device) - reserved_bytes)
-    return min(free_bytes, per_sequence * config.max_num_seqs)
+    reserved_bytes = activation_bytes(config, model, value_bytes) if memory.is_gpu else 0
+    left = max(0, memory.usable_bytes(config) - reserved_bytes)
+    return min(left, per_sequence * config.max_num_seqs)
 
 
 def activation_bytes(config: EngineConfig, model: ModelConfig, value_bytes: int) -> int:
@@ -90,6 +128,26 @@ def max_model_len(
     return fits
 
 
+def num_sequences(layout: KVLayout, lengths: Sequence[int], num_bytes: int) -> int:
+    """How many sequences can grow at once to these lengths, which occur equally often.
+
+    Pages of one kind share sectors, whosever they are. Of one length it is exact: a pool that was
+    empty lends the pages of so many sequences, and not those of one more.
+    """
+    peaks = sum((layout.peak_pages(length) for length in lengths), PageCount(0, 0))
+    num_sectors = num_bytes // layout.sector_bytes
+    low, high = 0, num_sectors * layout.sector_bytes * len(lengths) // layout.num_bytes(peaks)
+    while low < high:
+        middle = (low + high + 1) // 2
+        local = math.ceil(peaks.local * middle / len(lengths))
+        global_ = math.ceil(peaks.global_ * middle / len(lengths))
+        if layout.num_sectors(PageCount(local, global_)) <= num_sectors:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
 def _longest_fit(layout: KVLayout, limit: int, num_sectors: int) -> int:
     """Largest length up to `limit` whose pages fit `num_sectors`, by bisection."""
     low, high = 0, limit
@@ -100,13 +158,6 @@ def _longest_fit(layout: KVLayout, limit: int, num_sectors: int) -> int:
         else:
             high = middle - 1
     return low
-
-
-def _free_bytes(config: EngineConfig, device: torch.device) -> int:
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return max(0, int(free - total * (1 - config.gpu_memory_utilization)))
-    return int(_available_cpu_bytes() * CPU_SHARE)
 
 
 def _available_cpu_bytes() -> int:

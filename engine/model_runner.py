@@ -16,7 +16,7 @@ from bezel.engine.errors import ConfigError
 from bezel.engine.kv_cache import KVCache
 from bezel.engine.kv_layout import KVLayout
 from bezel.engine.logprobs import PromptLogprobs
-from bezel.engine.memory import activation_bytes, arena_bytes, max_model_len
+from bezel.engine.memory import DeviceMemory, arena_bytes, max_model_len
 from bezel.engine.model_config import ModelConfig
 from bezel.engine.models.registry import build_model
 from bezel.engine.scheduler import ScheduledStep
@@ -39,11 +39,14 @@ class ModelRunner:
         self.model.after_loading()
         logger.info("loaded %s in %.1f s", checkpoint.name, time.monotonic() - started)
         self.layout = KVLayout.for_model(self.model_config, self.dtype.itemsize, config.block_size)
+        num_bytes = arena_bytes(
+            config,
+            self.model_config,
+            self.layout,
+            self.dtype.itemsize,
+            DeviceMemory.of(self.device),
+        )
         positions = self.model_config.max_position_embeddings
-        reserved_bytes = 0
-        if self.device.type == "cuda":
-            reserved_bytes = activation_bytes(config, self.model_config, self.dtype.itemsize)
-        num_bytes = arena_bytes(config, self.layout, positions, self.device, reserved_bytes)
         self.max_model_len = max_model_len(config, self.layout, positions, num_bytes)
         self.arena_bytes = num_bytes
         self.kv_cache = KVCache(self.model_config, self.layout, num_bytes, self.dtype, self.device)

@@ -38,6 +38,8 @@ def run_engine(config: EngineConfig, address: str) -> None:
     """Entry point of the spawned process; talks over a ZeroMQ pair socket at `address`."""
     # Here, not above: the API process imports this module too, and stays free of torch.
     from bezel.engine.core import Engine
+    from bezel.engine.planning.machine import plan_of
+    from bezel.engine.planning.report import gist
 
     # Ctrl-C reaches every process of a terminal, and a service manager's SIGTERM every process of
     # a service; when to stop is the parent's decision.
@@ -52,6 +54,8 @@ def run_engine(config: EngineConfig, address: str) -> None:
         except ConfigError as error:
             _send(socket, StartFailed(error.message))
             return
+        for line in gist(plan_of(engine)):
+            logger.info(line)
         _send(socket, engine.info)
         _serve(engine, socket)
 

@@ -1,4 +1,5 @@
-"""The command `bezel`: argv and environment → `ServerConfig` → `serve`.
+"""The command `bezel`: argv and environment → `ServerConfig` → `serve`. The other commands have
+modules of their own.
 
 The only reader of `os.environ`. A mistake of the user ends in one line on stderr and exit
 code 2, never in a traceback. What is slow to import is imported by the command that needs
@@ -13,6 +14,7 @@ from typing import Any, NoReturn
 
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import BezelError, ConfigError
+from bezel.server import plan_command, simulate_command
 from bezel.server.config import ServerConfig
 from bezel.server.options import add_flags, from_environment, options_of
 from bezel.server.version import VERSION
@@ -29,6 +31,8 @@ _ENGINE_VARIABLES = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }
 
+_COMMANDS = {"plan": plan_command, "simulate": simulate_command}
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -40,6 +44,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="bezel", description="Serve Gemma models behind OpenAI's HTTP API.")
     parser.add_argument("--version", action="version", version=VERSION)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_serve_parser(commands)
+    for module in _COMMANDS.values():
+        module.add_parser(commands)
+    return parser
+
+
+def _add_serve_parser(commands: Any) -> None:
     serve = commands.add_parser(
         "serve",
         help="load a model and serve it",
@@ -54,9 +65,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=argparse.SUPPRESS,
         help="Hugging Face id, directory or .gguf file [default: the embedded Gemma 3 270M]",
     )
+    serve.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print what `bezel plan` says of this model, machine and settings, and serve nothing",
+    )
     add_flags(serve, "server", options_of(ServerConfig))
     add_flags(serve, "engine", options_of(EngineConfig))
-    return parser
 
 
 def parse_config(arguments: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfig:
@@ -83,15 +98,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
         arguments = build_parser().parse_args(argv)
-        config = parse_config(vars(arguments), os.environ)
         for name, value in _ENGINE_VARIABLES.items():
             os.environ.setdefault(name, value)
-        from bezel.server.serve import serve
-
-        serve(config)
+        if arguments.command in _COMMANDS:
+            code: int = _COMMANDS[arguments.command].run(arguments)
+            return code
+        return _serve(arguments)
     except BezelError as error:
         print(f"bezel: error: {error.message}", file=sys.stderr)
         return 2
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    config = parse_config(vars(arguments), os.environ)
+    if arguments.dry_run:
+        from bezel.engine.planning.machine import plan_to_serve
+
+        plan_command.print_plan(plan_to_serve(config.engine))
+        return 0
+    from bezel.server.serve import serve
+
+    serve(config)
     return 0
 
 

@@ -163,8 +163,6 @@ def describe(model: ServedModel) -> list[str]:
     return [
         f"serving {', '.join(model.names)}: {info.num_parameters / 1e6:,.0f} million parameters, "
         f"{info.dtype} on {info.device}, context of {info.max_model_len} tokens",
-        f"KV memory of {info.kv_cache_bytes / 2**20:,.0f} MiB: up to {info.local_pages_total} "
-        f"local or {info.global_pages_total} global pages",
     ]
 
 

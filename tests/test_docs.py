@@ -12,6 +12,7 @@ import pytest
 
 from bezel.engine import errors
 from bezel.engine.config import EngineConfig
+from bezel.server.cli import build_parser
 from bezel.server.config import ServerConfig
 from bezel.server.options import options_of
 
@@ -95,8 +96,9 @@ def test_http_api_page_has_every_error_a_request_can_raise(http_api: ModuleType)
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_exist(page: Path) -> None:
-    known = {option.flag for option in [*options_of(ServerConfig), *options_of(EngineConfig)]}
-    known |= {"--no-" + flag.removeprefix("--") for flag in known} | {"--help", "--version"}
+    [commands] = [x for x in build_parser()._actions if isinstance(x.choices, dict)]
+    parsers = dict(commands.choices or {}).values()
+    known = {flag for parser in parsers for flag in parser._option_string_actions} | {"--version"}
     for code in code_of(page):
         if not code.startswith(("docker ", "make test ")):  # their flags are others'
             assert set(re.findall(r"--[a-z][a-z-]+", code)) <= known, code

@@ -1,9 +1,11 @@
-"""`benchmarks/roofline.py` counts what the engine's models, pages and kernels' cases have."""
+"""The cost of a step counts what the engine's models, pages and kernels' cases have, and
+`benchmarks/roofline.py` prints it."""
 
 import importlib.util
 import json
 import os
 import sys
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations, product
 from pathlib import Path
@@ -20,16 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import attention_cases
 import expert_cases
 import roofline
-import step_parts
 from aot.launches import CONFIGS
 from attention_cases import Paged
 from kernel_cases import DTYPE, Stock, Work
-from roofline import Row, decode_row, prefill_row
-from step_parts import BYTES_PER_S, FLOPS_PER_S, Model, Part, Step, distinct_experts, parts_of
+from roofline import Row, decode_row, most_sequences, parts_of, prefill_row
 
 from bezel.engine.kv_layout import KVLayout
-from bezel.engine.model_config import AttentionConfig, ModelConfig, RotaryConfig
+from bezel.engine.model_config import AttentionConfig, LayerConfig, ModelConfig, RotaryConfig
 from bezel.engine.models.registry import build_model
+from bezel.engine.planning.model import PlannedModel
+from bezel.engine.planning.step_cost import Part, distinct_experts
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {model.name: model for model in roofline.gemma4_models()}
@@ -44,8 +46,29 @@ PUBLISHED = {
 }
 
 
-def by_name(model: Model, step: Step) -> dict[str, Part]:
-    return {part.name: part for part in parts_of(model, step)}
+BYTES_PER_S, FLOPS_PER_S = 3.35e12, 989e12
+
+
+@dataclass(frozen=True)
+class Step:
+    """`num_seqs` sequences with `q_len` new tokens each, which are `context` long with these.
+
+    Of the first `num_logits` sequences logits are wanted, of one token each.
+    """
+
+    num_seqs: int
+    q_len: int
+    context: int
+    num_logits: int
+
+    @property
+    def sequences(self) -> list[tuple[int, int, bool]]:
+        start = self.context - self.q_len
+        return [(start, self.context, i < self.num_logits) for i in range(self.num_seqs)]
+
+
+def by_name(model: PlannedModel, step: Step) -> dict[str, Part]:
+    return {part.name: part for part in parts_of(model, step.sequences)}
 
 
 def read(row: Row, kind: str) -> float:
@@ -53,7 +76,7 @@ def read(row: Row, kind: str) -> float:
 
 
 @EACH_MODEL
-def test_weights_are_all_of_the_engines_and_as_many_as_published(model: Model) -> None:
+def test_weights_are_all_of_the_engines_and_as_many_as_published(model: PlannedModel) -> None:
     parameters = list(build_model(model.config, DTYPE, torch.device("meta")).parameters())
     assert model.weight_bytes == sum(parameter.nbytes for parameter in parameters)
     num_parameters = sum(parameter.numel() for parameter in parameters)
@@ -61,7 +84,7 @@ def test_weights_are_all_of_the_engines_and_as_many_as_published(model: Model) -
 
 
 @EACH_MODEL
-def test_components_by_hand(model: Model) -> None:
+def test_components_by_hand(model: PlannedModel) -> None:
     """From the shapes alone: matrices of each layer, and tables."""
     config = model.config
     dim, layers = config.hidden_size, config.layers
@@ -90,19 +113,19 @@ def test_components_by_hand(model: Model) -> None:
 
 @EACH_MODEL
 @pytest.mark.parametrize("context", [100, 8192, 65_536])
-def test_held_pages_are_the_layouts(model: Model, context: int) -> None:
+def test_held_pages_are_the_layouts(model: PlannedModel, context: int) -> None:
     layout = KVLayout.for_model(model.config, 2, 16)
     pages = layout.num_bytes(layout.pages(context))
     row = decode_row(model, context, 8)
     assert row.held_bytes == model.weight_bytes + 8 * pages
     assert row.fits == (row.held_bytes <= 80e9)
-    most = model.most_sequences(context)
+    most = most_sequences(model, context)
     assert decode_row(model, context, most).fits
     assert not decode_row(model, context, most + 1).fits
 
 
 @EACH_MODEL
-def test_keys_and_values_read_are_those_held_for_each_layer_that_reads(model: Model) -> None:
+def test_keys_and_values_read_are_those_held_for_each_layer_that_reads(model: PlannedModel) -> None:
     """At 8K windows begin with a page, so that nothing is held that isn't read."""
     layout, layers = model.layout, model.config.layers
     held = layout.pages(8192)
@@ -121,6 +144,24 @@ def paged(heads: int, kv_heads: int, window: int | None, turned: int = 0) -> Pag
     rotary = RotaryConfig(1e4, turned or 16)
     attention = AttentionConfig(heads, kv_heads, 32, 1.0, rotary, window, key_is_value=turned > 0)
     return Paged(attention, 16 if window else 64, 8 if window else 0)
+
+
+def attention_part(attention: AttentionConfig, step: Step) -> Part:
+    """Of a model with seven layers of this shape; one of another takes the place of the other
+    kind, which every model has."""
+    is_local = attention.window is not None
+    base = ModelConfig.from_hf(CONFIGS["12B"])
+    other = base.global_ if is_local else base.local
+    config = replace(
+        base,
+        hidden_size=64,
+        vocab_size=64,
+        local=attention if is_local else other,
+        global_=other if is_local else attention,
+        layers=tuple(LayerConfig(i, is_local == (i < 7), i, 32) for i in range(8)),
+    )
+    name = "local attention" if is_local else "global attention"
+    return by_name(PlannedModel.of("seven", config), step)[name]
 
 
 STOCK = Stock("cpu", 8 << 20)
@@ -154,12 +195,12 @@ decode = attention_cases.decode
 )
 def test_attention_is_counted_as_its_cases_count(shape: Paged, step: Step, build: Any) -> None:
     work: Work = build(STOCK, shape)
-    part = step_parts._attention(shape, step, num_layers=7)
+    part = attention_part(shape.attention, step)
     assert part.num_bytes + part.activation_bytes == 7 * work.num_bytes
     assert part.num_flops == 7 * work.num_flops
 
 
-def small_experts() -> Model:
+def small_experts() -> PlannedModel:
     config = CONFIGS["26B-A4B"] | {
         "num_hidden_layers": 6,
         "hidden_size": 64,
@@ -169,7 +210,7 @@ def small_experts() -> Model:
         "moe_intermediate_size": 32,
         "vocab_size": 256,
     }
-    return Model.of("small", ModelConfig.from_hf(config))
+    return PlannedModel.of("small", ModelConfig.from_hf(config))
 
 
 def test_experts_are_counted_as_their_cases_count() -> None:
@@ -203,14 +244,14 @@ def test_distinct_experts_is_the_mean_over_all_choices(
 
 
 @EACH_MODEL
-def test_products_turn_from_memory_to_compute_at_295_rows(model: Model) -> None:
+def test_products_turn_from_memory_to_compute_at_295_rows(model: PlannedModel) -> None:
     """989 TFLOP/s over 3.35 TB/s is 295.2 FLOP for each byte, or for each row of a bfloat16."""
     few = by_name(model, Step(295, 1, 8192, 295))
     many = by_name(model, Step(296, 1, 8192, 296))
     for name in ("projections", "MLP", "head"):
         assert not few[name].is_compute_bound and many[name].is_compute_bound
-        assert few[name].seconds == pytest.approx(few[name].num_bytes / 3.35e12)
-        assert many[name].seconds == pytest.approx(many[name].num_flops / 989e12)
+        assert few[name].floor_s == pytest.approx(few[name].num_bytes / 3.35e12)
+        assert many[name].floor_s == pytest.approx(many[name].num_flops / 989e12)
     assert not any(part.is_compute_bound for name, part in many.items() if "attention" in name)
 
 
@@ -232,7 +273,7 @@ def test_decoding_is_bound_by_memory_and_prefill_by_compute() -> None:
 
 
 @EACH_MODEL
-def test_the_floor_is_above_that_of_bytes_alone_and_of_flops_alone(model: Model) -> None:
+def test_the_floor_is_above_that_of_bytes_alone_and_of_flops_alone(model: PlannedModel) -> None:
     for row in (decode_row(model, 8192, 512), prefill_row(model, 8192, 2048)):
         alone = row.num_bytes / BYTES_PER_S, row.num_flops / FLOPS_PER_S
         assert max(alone) < row.seconds < sum(alone)
@@ -242,7 +283,7 @@ def test_the_floor_is_above_that_of_bytes_alone_and_of_flops_alone(model: Model)
 
 
 @EACH_MODEL
-def test_prefill_in_chunks_computes_the_same_and_reads_more(model: Model) -> None:
+def test_prefill_in_chunks_computes_the_same_and_reads_more(model: PlannedModel) -> None:
     whole, chunked = prefill_row(model, 8192, 8192), prefill_row(model, 8192, 2048)
     uneven = prefill_row(model, 8192, 3000)
     assert whole.num_flops == chunked.num_flops == uneven.num_flops

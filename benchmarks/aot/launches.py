@@ -27,6 +27,7 @@ from bezel.engine.kv_cache import KVCache
 from bezel.engine.kv_layout import KVLayout
 from bezel.engine.model_config import ModelConfig
 from bezel.engine.models.registry import build_model
+from bezel.engine.planning.published import PUBLISHED
 from bezel.engine.sampler import Sampler
 from bezel.engine.warm_up import compute_once, warm_up_sampling
 
@@ -50,82 +51,10 @@ FLOAT32_SIZES = Sizes(decode=[1], verify=[], chunk=[4096])
 # Heads 256 and 512 wide, the latter with keys apart and packed with values; the last has experts.
 FLOAT32_MODELS = ["270M", "E2B", "26B-A4B"]
 
-# What config.json says of a model, other than ModelConfig's defaults.
-_PHONE = {
-    "model_type": "gemma4_text",
-    "num_attention_heads": 8,
-    "hidden_size_per_layer_input": 256,
-    "sliding_window": 512,
-    "final_logit_softcapping": 30.0,
-}
-_DESKTOP = {
-    "model_type": "gemma4_text",
-    "hidden_size_per_layer_input": 0,
-    "sliding_window": 1024,
-    "final_logit_softcapping": 30.0,
-    "max_position_embeddings": 262_144,
-    "attention_k_eq_v": True,
-}
+# As tables call the models: short, without what all have in common.
 CONFIGS: dict[str, dict[str, Any]] = {
-    "270M": {
-        "model_type": "gemma3_text",
-        "num_hidden_layers": 18,
-        "hidden_size": 640,
-        "intermediate_size": 2048,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 1,
-        "vocab_size": 262_144,
-        "sliding_window": 512,
-    },
-    "E2B": _PHONE
-    | {
-        "num_hidden_layers": 35,
-        "sliding_window_pattern": 5,
-        "hidden_size": 1536,
-        "intermediate_size": 6144,
-        "num_key_value_heads": 1,
-        "num_kv_shared_layers": 20,
-        "use_double_wide_mlp": True,
-    },
-    "E4B": _PHONE
-    | {
-        "num_hidden_layers": 42,
-        "hidden_size": 2560,
-        "intermediate_size": 10_240,
-        "num_key_value_heads": 2,
-        "num_kv_shared_layers": 18,
-    },
-    "12B": _DESKTOP
-    | {
-        "num_hidden_layers": 48,
-        "hidden_size": 3840,
-        "intermediate_size": 15_360,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "num_global_key_value_heads": 1,
-    },
-    "26B-A4B": _DESKTOP
-    | {
-        "num_hidden_layers": 30,
-        "hidden_size": 2816,
-        "intermediate_size": 2112,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "num_global_key_value_heads": 2,
-        "enable_moe_block": True,
-        "num_experts": 128,
-        "top_k_experts": 8,
-        "moe_intermediate_size": 704,
-    },
-    "31B": _DESKTOP
-    | {
-        "num_hidden_layers": 60,
-        "hidden_size": 5376,
-        "intermediate_size": 21_504,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 16,
-        "num_global_key_value_heads": 4,
-    },
+    name.removeprefix("gemma-3-").removeprefix("gemma-4-").upper(): config
+    for name, config in PUBLISHED.items()
 }
 
 

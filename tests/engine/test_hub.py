@@ -36,6 +36,16 @@ for argument in sys.argv[1:]:
         print(error)
 """
 
+PLAN = """
+from bezel.engine.errors import CheckpointError
+from bezel.engine.hub import download_config
+for model in {models}:
+    try:
+        print(download_config(model).read_text())
+    except CheckpointError as error:
+        print(error)
+"""
+
 
 class FakeHub(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
@@ -113,3 +123,20 @@ def test_hub_checkpoints(hub_url: str, tmp_path: Path) -> None:
         "org/new is neither a local path nor in the hub's cache, "
         "and the Hugging Face hub can't be reached",
     ]
+
+
+def test_a_plan_downloads_the_config_alone(hub_url: str, tmp_path: Path) -> None:
+    program = PLAN.format(models=["org/tiny", "org/gated", "org/absent"])
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={"HF_ENDPOINT": hub_url, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_PROGRESS_BARS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    config, gated, absent = run.stdout.splitlines()
+    assert config == FILES["config.json"].decode()
+    assert gated.startswith("org/gated is gated: accept its terms")
+    assert absent.startswith("org/absent is neither a local path nor on the Hugging Face hub")
+    names = {file.name for file in tmp_path.rglob("snapshots/*/*")}
+    assert names == {"config.json"}

@@ -14,10 +14,16 @@ from bezel.engine import memory
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import ConfigError
 from bezel.engine.kv_layout import KVLayout
-from bezel.engine.memory import activation_bytes, arena_bytes, max_model_len
+from bezel.engine.memory import (
+    DeviceMemory,
+    activation_bytes,
+    arena_bytes,
+    max_model_len,
+    num_sequences,
+)
 from bezel.engine.model_config import ModelConfig
+from bezel.engine.planning.published import PUBLISHED
 
-CPU = torch.device("cpu")
 POSITIONS = 1000
 LAYOUT = KVLayout(
     window=20, local_page_size=8, global_page_size=32, local_page_bytes=600, global_page_bytes=400
@@ -47,28 +53,75 @@ def holds(layout: KVLayout, num_tokens: int, num_bytes: int) -> bool:
     return True
 
 
+def model_of(positions: int) -> ModelConfig:
+    """A small model; the arena asks it for its positions and for what steps take."""
+    config = PUBLISHED["gemma-3-270m"] | {"max_position_embeddings": positions}
+    return ModelConfig.from_hf(config)
+
+
+MODEL = model_of(POSITIONS)
+
+
+def arena(config: EngineConfig, memory: DeviceMemory) -> int:
+    return arena_bytes(config, MODEL, LAYOUT, 2, memory)
+
+
+def cpu(free_bytes: int) -> DeviceMemory:
+    return DeviceMemory(is_gpu=False, total_bytes=10**12, free_bytes=free_bytes)
+
+
 def test_the_flag_is_the_arena() -> None:
-    config = EngineConfig(kv_cache_memory_bytes=12_345)
-    assert arena_bytes(config, LAYOUT, POSITIONS, CPU) == 12_345
+    assert arena(EngineConfig(kv_cache_memory_bytes=12_345), cpu(0)) == 12_345
 
 
-def test_a_quarter_of_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_quarter_of_free_memory() -> None:
+    assert arena(EngineConfig(), cpu(100_000)) == 25_000
+
+
+def test_a_cpus_memory_is_what_the_system_can_give(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_available_cpu_bytes", lambda: 100_000)
-    assert arena_bytes(EngineConfig(), LAYOUT, POSITIONS, CPU) == 25_000
+    found = DeviceMemory.of(torch.device("cpu"))
+    assert found == DeviceMemory(is_gpu=False, total_bytes=100_000, free_bytes=100_000)
 
 
-def test_no_more_than_all_sequences_could_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpus_memory_is_what_the_driver_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (7000, 9000))
+    found = DeviceMemory.of(torch.device("cuda"))
+    assert found == DeviceMemory(is_gpu=True, total_bytes=9000, free_bytes=7000)
+
+
+def test_no_more_than_all_sequences_could_use() -> None:
     """1,000 tokens: 4 local pages in 2 sectors, 32 global ones in 11. 100 tokens: 2 and 2."""
-    monkeypatch.setattr(memory, "_available_cpu_bytes", lambda: 10**12)
-    assert arena_bytes(EngineConfig(max_num_seqs=3), LAYOUT, POSITIONS, CPU) == 3 * 13 * SECTOR
+    assert arena(EngineConfig(max_num_seqs=3), cpu(10**12)) == 3 * 13 * SECTOR
     config = EngineConfig(max_num_seqs=3, max_model_len=100)
-    assert arena_bytes(config, LAYOUT, POSITIONS, CPU) == 3 * 4 * SECTOR
+    assert arena(config, cpu(10**12)) == 3 * 4 * SECTOR
 
 
-def test_reserved_memory_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_available_cpu_bytes", lambda: 100_000)
-    assert arena_bytes(EngineConfig(), LAYOUT, POSITIONS, CPU, 10_000) == 15_000
-    assert arena_bytes(EngineConfig(), LAYOUT, POSITIONS, CPU, 30_000) == 0
+def test_a_gpu_leaves_its_share_and_what_steps_take() -> None:
+    """Of 40 GB, 5 are others' and 10 aren't to be used: 25, less the weights, less a step."""
+    config = EngineConfig(gpu_memory_utilization=0.75, max_num_seqs=2000)
+    gpu = DeviceMemory(is_gpu=True, total_bytes=40 * 10**9, free_bytes=35 * 10**9)
+    step = activation_bytes(config, MODEL, 2)
+    weights = 25 * 10**9 - step - 10_000
+    assert arena(config, gpu.with_weights(weights)) == 10_000
+    assert arena(config, gpu.with_weights(weights + 20_000)) == 0
+    assert arena(config, gpu.with_weights(10**12)) == 0
+
+
+def test_sequences_share_sectors() -> None:
+    """60 tokens: 4 local and 2 global pages. Of three, 12 local pages take 6 sectors and 6 global
+    ones 2; one by one they would take 9."""
+    assert num_sequences(LAYOUT, [60], 8 * SECTOR) == 3
+    assert num_sequences(LAYOUT, [60], 8 * SECTOR - 1) == 2
+    assert num_sequences(LAYOUT, [60], 2 * SECTOR) == 0
+    assert num_sequences(LAYOUT, [60], 0) == 0
+
+
+def test_equally_many_of_several_lengths() -> None:
+    """8 and 60 tokens: 1 + 4 local, 1 + 2 global pages. Of three each, 15 and 9: 8 and 3 sectors;
+    of seven in all, 17.5 and 10.5: 9 and 4."""
+    assert num_sequences(LAYOUT, [8, 60], 11 * SECTOR) == 6
+    assert num_sequences(LAYOUT, [8, 60], 13 * SECTOR) == 7
 
 
 def test_activations_of_a_published_model(real_configs: dict[str, Any]) -> None:

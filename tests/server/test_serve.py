@@ -59,7 +59,6 @@ def test_description_of_the_model(state: ServerState) -> None:
     assert state.model is not None
     assert describe(state.model) == [
         "serving tiny: 1 million parameters, float32 on cpu, context of 100 tokens",
-        "KV memory of 0 MiB: up to 10 local or 5 global pages",
     ]
 
 

@@ -1,0 +1,88 @@
+"""Where the shape of a model comes from, and that nothing but config.json is asked for."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bezel.engine.errors import CheckpointError
+from bezel.engine.model_config import ModelConfig
+from bezel.engine.planning import source
+from bezel.engine.planning.published import PUBLISHED
+from bezel.engine.planning.source import resolve_config
+
+CONFIG = PUBLISHED["gemma-4-E2B"]
+SHAPE = ModelConfig.from_hf(CONFIG)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A checkpoint without weights."""
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    return folder
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
+    """What was asked of the hub, which answers with the folder's config."""
+    asked: list[str] = []
+
+    def download_config(repo_id: str) -> Path:
+        asked.append(repo_id)
+        return folder / "config.json"
+
+    monkeypatch.setattr(source, "download_config", download_config)
+    return asked
+
+
+def test_a_folder_or_its_config(folder: Path, asked: list[str]) -> None:
+    assert resolve_config(str(folder)) == ("mine", SHAPE)
+    assert resolve_config(str(folder / "config.json")) == ("mine", SHAPE)
+    assert asked == []
+
+
+def test_a_published_name_needs_no_network(asked: list[str]) -> None:
+    assert resolve_config("google/gemma-4-e2b-it") == ("gemma-4-E2B", SHAPE)
+    assert asked == []
+
+
+def test_another_hub_id_and_whatever_would_be_served(asked: list[str]) -> None:
+    assert resolve_config("org/own-gemma") == ("org/own-gemma", SHAPE)
+    served = resolve_config("google/gemma-4-E2B-it", use_published=False)
+    assert served == ("google/gemma-4-E2B-it", SHAPE)
+    assert asked == ["org/own-gemma", "google/gemma-4-E2B-it"]
+
+
+@pytest.mark.weights
+def test_the_default_model_by_its_file_header() -> None:
+    name, shape = resolve_config("default")
+    assert name == "gemma-3-270m"
+    expected = ModelConfig.from_hf(PUBLISHED["gemma-3-270m"])
+    assert shape.rms_norm_eps == pytest.approx(expected.rms_norm_eps)  # GGUF has it in float32
+    assert replace(shape, rms_norm_eps=expected.rms_norm_eps) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama"}, "model_type 'llama' is not served"),
+        ({"quantization_config": {"quant_method": "awq"}}, "mine is quantised"),
+    ],
+)
+def test_what_would_not_be_served(folder: Path, change: dict[str, Any], message: str) -> None:
+    (folder / "config.json").write_text(json.dumps(CONFIG | change))
+    with pytest.raises(CheckpointError, match=message):
+        resolve_config(str(folder))
+
+
+def test_what_is_not_there(tmp_path: Path, asked: list[str]) -> None:
+    (tmp_path / "a.gguf").touch()
+    with pytest.raises(CheckpointError, match=r"has no config.json; name the \.gguf file itself"):
+        resolve_config(str(tmp_path))
+    with pytest.raises(CheckpointError, match=r"gemma-5: no such .* those are gemma-3-270m, gem"):
+        resolve_config("gemma-5")
+    assert asked == []
