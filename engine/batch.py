@@ -10,6 +10,7 @@ T tokens   S sequences   C sequences with a chunk   P, R entries of a page table
 N tokens whose logits are wanted
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -119,20 +120,33 @@ class Batch:
 
 def row_arrays(scheduled: list[ScheduledSequence], layout: KVLayout) -> list[Ints]:
     """Token ids, positions, local slots and global slots of every token; lengths and local page
-    tables of every sequence."""
+    tables of every sequence. Those with a single token, which come first, are put together as
+    numbers: arrays of one would take longer than all the rest."""
+    num_singles = sum(s.num_tokens == 1 for s in scheduled)
+    singles, chunks = scheduled[:num_singles], scheduled[num_singles:]
+    ring = [np.frombuffer(s.local_read_table, dtype=np.int64) for s in scheduled]
     return [
-        np.concatenate([s.sequence.token_ids[s.start : s.end] for s in scheduled]),
-        np.concatenate([_positions(s) for s in scheduled]),
-        np.concatenate([_local_slots(s, layout) for s in scheduled]),
-        np.concatenate([_global_slots(s, layout) for s in scheduled]),
+        _row(
+            [s.sequence.token_ids[s.start] for s in singles],
+            [s.sequence.token_ids[s.start : s.end] for s in chunks],
+        ),
+        _row([s.start for s in singles], [_positions(s) for s in chunks]),
+        _row(
+            [_local_slot(s, layout) for s in singles],
+            [_local_slots(s, layout) for s in chunks],
+        ),
+        _row(
+            [_global_slot(s, layout) for s in singles],
+            [_global_slots(s, layout) for s in chunks],
+        ),
         np.asarray([s.end for s in scheduled]),
-        np.asarray([s.local_read_table for s in scheduled]),
+        np.stack(ring),
     ]
 
 
 def global_tables(scheduled: list[ScheduledSequence]) -> Ints:
     """Global page tables, as wide as the longest."""
-    tables = [s.sequence.pages.global_table for s in scheduled]
+    tables = [np.frombuffer(s.sequence.pages.global_table, dtype=np.int64) for s in scheduled]
     padded = np.zeros((len(tables), max(map(len, tables))), dtype=np.int64)
     for row, table in zip(padded, tables, strict=True):
         row[: len(table)] = table
@@ -172,12 +186,31 @@ def _send(arrays: list[Ints], device: torch.device) -> list[Tensor]:
     return unpack(pinned(pack(arrays), device).to(device, non_blocking=True), arrays)
 
 
+def _row(singles: list[int], chunks: Sequence[npt.ArrayLike]) -> Ints:
+    row: Ints = np.concatenate([np.asarray(singles, dtype=np.int64), *chunks])
+    return row
+
+
+def _local_slot(scheduled: ScheduledSequence, layout: KVLayout) -> int:
+    page, offset = divmod(scheduled.start, layout.local_page_size)
+    table = scheduled.sequence.pages.local_table
+    return table[page % layout.ring_size] * layout.local_page_size + offset
+
+
+def _global_slot(scheduled: ScheduledSequence, layout: KVLayout) -> int:
+    page, offset = divmod(scheduled.start, layout.global_page_size)
+    pages = scheduled.sequence.pages
+    if page < pages.num_shared_global:
+        return NO_SLOT
+    return pages.global_table[page] * layout.global_page_size + offset
+
+
 def _positions(scheduled: ScheduledSequence) -> Ints:
     return np.arange(scheduled.start, scheduled.end)
 
 
 def _local_slots(scheduled: ScheduledSequence, layout: KVLayout) -> Ints:
-    table = np.asarray(scheduled.sequence.pages.local_table)
+    table = np.frombuffer(scheduled.sequence.pages.local_table, dtype=np.int64)
     positions = _positions(scheduled)
     size = layout.local_page_size
     slots: Ints = table[positions // size % layout.ring_size] * size + positions % size
@@ -186,7 +219,7 @@ def _local_slots(scheduled: ScheduledSequence, layout: KVLayout) -> Ints:
 
 
 def _global_slots(scheduled: ScheduledSequence, layout: KVLayout) -> Ints:
-    table = np.asarray(scheduled.sequence.pages.global_table)
+    table = np.frombuffer(scheduled.sequence.pages.global_table, dtype=np.int64)
     positions = _positions(scheduled)
     size = layout.global_page_size
     slots: Ints = table[positions // size] * size + positions % size

@@ -12,6 +12,7 @@ import torch
 from bezel.engine.checkpoint import Checkpoint, resolve_checkpoint
 from bezel.engine.config import EngineConfig
 from bezel.engine.grammar import GrammarCompiler
+from bezel.engine.memory import prefix_cache_bytes
 from bezel.engine.messages import (
     AddSequence,
     EngineInfo,
@@ -43,22 +44,18 @@ class Engine:
         self.checkpoint = checkpoint or resolve_checkpoint(config.model)
         self.runner = ModelRunner(config, self.checkpoint)
         self.pool = PagePool(self.runner.layout, self.runner.arena_bytes)
-        self.scheduler = Scheduler(config, self.pool, self._prefix_cache_bytes())
+        is_gpu = self.runner.device.type == "cuda"
+        cache_bytes = prefix_cache_bytes(config, is_gpu, self.runner.arena_bytes)
+        self.scheduler = Scheduler(config, self.pool, cache_bytes)
         vocab_size = self.runner.model_config.vocab_size
         suppressed = self.checkpoint.generation_config.get("suppress_tokens") or []
         self.sampler = Sampler(suppressed, vocab_size)
-        if self.runner.device.type == "cuda":
+        if is_gpu:
             warm_up_sampling(self.sampler, self.runner.layout, vocab_size, self.runner.device)
         self._eos_token_ids = frozenset(
             token_id for token_id in eos_token_ids(self.checkpoint) if token_id < vocab_size
         )
         self._num_added = 0
-
-    def _prefix_cache_bytes(self) -> int | None:
-        """A CPU's memory is other programs' too: pages are taken from it as they are used."""
-        if self.config.prefix_cache_memory_bytes is not None or self.runner.device.type != "cpu":
-            return self.config.prefix_cache_memory_bytes
-        return self.runner.arena_bytes // 8
 
     @property
     def info(self) -> EngineInfo:

@@ -75,6 +75,16 @@ def arena_bytes(
     return min(left, per_sequence * config.max_num_seqs)
 
 
+def prefix_cache_bytes(config: EngineConfig, is_gpu: bool, num_bytes: int) -> int | None:
+    """Most bytes of an arena of `num_bytes` that only the prefix cache may hold; None for all.
+
+    A CPU's memory is other programs' too: pages are taken from it as they are used.
+    """
+    if config.prefix_cache_memory_bytes is not None or is_gpu:
+        return config.prefix_cache_memory_bytes
+    return num_bytes // 8
+
+
 def activation_bytes(config: EngineConfig, model: ModelConfig, value_bytes: int) -> int:
     """Memory that the largest step takes beside weights and pages: an upper estimate.
 

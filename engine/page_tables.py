@@ -18,6 +18,7 @@ page's worth of tokens more, until the step is done. Pages that others hold too 
 that until the step is done there are new ones beside them.
 """
 
+from array import array
 from collections.abc import Sequence
 
 from bezel.engine.kv_layout import KVLayout, PageCount
@@ -28,8 +29,9 @@ NO_PAGE = -1
 
 class PageTables:
     """`global_table[i]` holds positions from `i * global_page_size`; page index `i` of the local
-    kind stands at `local_table[i % ring_size]`. The first `num_shared_global` pages came from the
-    cache with their content, and are not written again."""
+    kind stands at `local_table[i % ring_size]`; both hold int64, which numpy reads in place. The
+    first `num_shared_global` pages came from the cache with their content, and are not written
+    again."""
 
     __slots__ = (
         "_local_held",
@@ -43,9 +45,9 @@ class PageTables:
 
     def __init__(self, layout: KVLayout) -> None:
         self.layout = layout
-        self.global_table: list[int] = []
+        self.global_table = array("q")
         self.num_shared_global = 0
-        self.local_table = [NO_PAGE] * layout.ring_size
+        self.local_table = array("q", [NO_PAGE]) * layout.ring_size
         self._local_held = range(0)
         self._slid: list[int] = []
         self._steady_until = 0
@@ -63,7 +65,7 @@ class PageTables:
             pool.share_global(page)
         for page in local:
             pool.share_local(page)
-        self.global_table = list(global_)
+        self.global_table = array("q", global_)
         self.num_shared_global = len(global_)
         self._local_held = self.layout.local_page_range(position)
         for index, page in zip(self._local_held, local, strict=True):
@@ -92,7 +94,9 @@ class PageTables:
         num_global = self.layout.num_global_pages(end) - len(self.global_table)
         return PageCount(max(0, len(incoming) - recycled), max(0, num_global))
 
-    def extend(self, start: int, end: int, pool: PagePool, anchor: int | None = None) -> list[int]:
+    def extend(
+        self, start: int, end: int, pool: PagePool, anchor: int | None = None
+    ) -> "array[int]":
         """Take the pages for [start, end); return the local table to *read* from in this step.
 
         Call only if the pool can allocate `num_missing`.
@@ -101,7 +105,7 @@ class PageTables:
             self.global_table.append(pool.allocate_global())
         kept, incoming, dropped = self._slide(end, anchor)
         slid = [self._entry(index) for index in dropped]
-        read_table = self.local_table if end - start == 1 else list(self.local_table)
+        read_table = self.local_table if end - start == 1 else self.local_table[:]
         recycled = self._recycled(dropped, pool) if end - start > 1 else []
         for index in incoming:
             if recycled:
@@ -138,9 +142,9 @@ class PageTables:
             pool.free_local(self._entry(index))
         for page in self.global_table:
             pool.free_global(page)
-        self.global_table = []
+        self.global_table = array("q")
         self.num_shared_global = 0
-        self.local_table = [NO_PAGE] * self.layout.ring_size
+        self.local_table = array("q", [NO_PAGE]) * self.layout.ring_size
         self._local_held = range(0)
         self._steady_until = 0
 

@@ -8,6 +8,7 @@ to be recomputed; one that merely waits never takes another's place. No tensors,
 calls on the same state give the same step.
 """
 
+from array import array
 from bisect import insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class ScheduledSequence:
     sequence: Sequence
     start: int
     num_tokens: int
-    local_read_table: list[int]
+    local_read_table: "array[int]"
     anchor: int
 
     @property

@@ -5,7 +5,7 @@ from typing import cast
 
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import ConfigError
-from bezel.engine.memory import DeviceMemory, arena_bytes, max_model_len
+from bezel.engine.memory import DeviceMemory, arena_bytes, max_model_len, prefix_cache_bytes
 from bezel.engine.planning.device import Device
 from bezel.engine.planning.model import DTypeName, PlannedModel
 from bezel.engine.planning.source import resolve_config
@@ -39,9 +39,8 @@ class Setup:
                 f"{device.memory_bytes:,} bytes of device memory don't hold weights of "
                 f"{model.weight_bytes:,} and KV pages of {num_bytes:,}"
             )
-        if config.prefix_cache_memory_bytes is None and not device.is_gpu:
-            # As the engine: a CPU's memory is other programs' too.
-            config = replace(config, prefix_cache_memory_bytes=num_bytes // 8)
+        cache_bytes = prefix_cache_bytes(config, device.is_gpu, num_bytes)
+        config = replace(config, prefix_cache_memory_bytes=cache_bytes)
         positions = model.config.max_position_embeddings
         longest = max_model_len(config, model.layout, positions, num_bytes)
         return cls(model, device, config, num_bytes, longest)
