@@ -194,6 +194,7 @@ class Engine:
                 num_evicted=sharing.cache.num_evicted,
                 num_queried_tokens=sharing.num_queried_tokens,
                 num_hit_tokens=sharing.num_hit_tokens,
+                num_global_hit_tokens=sharing.num_global_hit_tokens,
             ),
             step_seconds=step_s,
         )

@@ -87,7 +87,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
 class PrefixStats(msgspec.Struct, frozen=True, kw_only=True):
     """The prefix cache: pages that only it holds, checkpoints, and how many were evicted since the
-    engine's start; prompt tokens looked up since then, and those that were found."""
+    engine's start; prompt tokens looked up since then, those found, and those of which at least the
+    global pages were found."""
 
     local_pages: int = 0
     global_pages: int = 0
@@ -95,6 +96,7 @@ class PrefixStats(msgspec.Struct, frozen=True, kw_only=True):
     num_evicted: int = 0
     num_queried_tokens: int = 0
     num_hit_tokens: int = 0
+    num_global_hit_tokens: int = 0
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):

@@ -76,6 +76,10 @@ class Metrics:
         self._prefix_hits = self._counter(
             "prefix_cache_hits", "Prompt tokens found there, and not computed."
         )
+        self._prefix_global_hits = self._counter(
+            "prefix_cache_global_hits",
+            "Prompt tokens whose global pages were found there, also where the window wasn't.",
+        )
         self._prefix_evictions = self._counter(
             "prefix_cache_evictions", "Checkpoints given up for their pages."
         )
@@ -149,6 +153,8 @@ class Metrics:
             last = PrefixStats()  # an engine started anew counts from zero
         self._prefix_queries.labels(model).inc(stats.num_queried_tokens - last.num_queried_tokens)
         self._prefix_hits.labels(model).inc(stats.num_hit_tokens - last.num_hit_tokens)
+        num_global = stats.num_global_hit_tokens - last.num_global_hit_tokens
+        self._prefix_global_hits.labels(model).inc(num_global)
         self._prefix_evictions.labels(model).inc(stats.num_evicted - last.num_evicted)
         self._prefix = stats
 

@@ -30,6 +30,7 @@ class PrefixSharing:
         self.min_shared_tokens = MIN_SHARED_PAGES * self.page_size
         self.num_queried_tokens = 0
         self.num_hit_tokens = 0
+        self.num_global_hit_tokens = 0
 
     def match(self, sequence: Sequence) -> PrefixHit | None:
         """What is there of its text. Log-probabilities of a prompt want all of it computed."""
@@ -81,6 +82,7 @@ class PrefixSharing:
             sequence.num_cached_tokens = sequence.num_computed_tokens
             self.num_queried_tokens += sequence.num_prompt_tokens
             self.num_hit_tokens += sequence.num_cached_tokens
+            self.num_global_hit_tokens += sequence.pages.num_shared_global * self.page_size
 
     def chunk(self, sequence: Sequence, start: int, end: int) -> tuple[int, int]:
         """The end of a chunk that may go up to `end`, and the position whose window is kept."""

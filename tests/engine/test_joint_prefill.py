@@ -151,3 +151,14 @@ def test_beside_sequences_that_decode_prompts_get_a_smaller_budget_unless_others
     for i in range(2):
         add(scheduler, f"new{i}", [3 + i] * 20)
     assert step(scheduler) == {"talks": (10, 11), "new0": (0, 20), "new1": (0, 20)}
+
+
+def test_hits_are_counted_whole_and_of_global_pages() -> None:
+    scheduler = make_scheduler()
+    for i in range(3):
+        add(scheduler, str(i), [*SHARED[: 3 * SIZE], *[i] * 50])
+        steps(scheduler)
+    sharing = scheduler.sharing
+    # The second finds pages without a window, the third the checkpoint that the second has made.
+    assert (sharing.num_hit_tokens, sharing.num_global_hit_tokens) == (3 * SIZE, 6 * SIZE)
+    assert sharing.num_queried_tokens == 3 * (3 * SIZE + 50)

@@ -24,6 +24,7 @@ KINDS = {
     "request_success_total": "counter",
     "prefix_cache_queries_total": "counter",
     "prefix_cache_hits_total": "counter",
+    "prefix_cache_global_hits_total": "counter",
     "prefix_cache_evictions_total": "counter",
     "engine_restarts_total": "counter",
     "http_requests_total": "counter",
@@ -141,6 +142,7 @@ def test_the_prefix_cache_is_told_in_totals(metrics: Metrics) -> None:
         num_evicted=1,
         num_queried_tokens=100,
         num_hit_tokens=64,
+        num_global_hit_tokens=96,
     )
     metrics.observe_step(stats(prefix=first))
     metrics.observe_step(stats(prefix=first))
@@ -150,6 +152,7 @@ def test_the_prefix_cache_is_told_in_totals(metrics: Metrics) -> None:
     values = samples(metrics)
     assert values["prefix_cache_queries_total"] == 130
     assert values["prefix_cache_hits_total"] == 64
+    assert values["prefix_cache_global_hits_total"] == 96
     assert values["prefix_cache_evictions_total"] == 1
     assert values['kv_pages_cached{kind="local"}'] == 0
     metrics.observe_step(stats(prefix=first))
