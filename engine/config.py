@@ -36,8 +36,8 @@ class EngineConfig:
     )
     max_num_mixed_prefill_tokens: int = option(
         512,
-        "Most prompt tokens in a step in which others decode, as long as no request is queued; "
-        "0 means the whole budget",
+        "Most tokens that a lone prompt computes in a step in which others decode; with more "
+        "prompts, or with 0, it is the whole budget",
     )
     block_size: int = option(
         16,

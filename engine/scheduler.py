@@ -2,10 +2,10 @@
 
 One token budget a step: sequences that decode come first, then prompts under way, then waiting
 ones as `waiting_queue` orders them. A prompt longer than what is left of the budget goes in chunks;
-these are smaller beside sequences that decode, and have to wait for them, unless that would keep
-others waiting in the queue. When pages run out the last in rank gives up all of its own and waits
-to be recomputed; one that merely waits never takes another's place. No tensors, no clock; the same
-calls on the same state give the same step.
+those of a lone prompt are smaller beside sequences that decode and have to wait for them. When
+pages run out the last in rank gives up all of its own and waits to be recomputed; one that merely
+waits never takes another's place. No tensors, no clock; the same calls on the same state give the
+same step.
 """
 
 from array import array
@@ -130,7 +130,7 @@ class Scheduler:
         prefilling = [sequence for sequence in self.running if sequence.is_prefilling]
         decoding = [sequence for sequence in self.running if not sequence.is_prefilling]
         budget -= self._schedule_all(decoding, budget, step, chosen)
-        if chosen and not self.waiting:
+        if chosen and len(prefilling) + len(self.waiting) == 1:
             budget = min(budget, self._mixed_budget)
         budget -= self._schedule_all(prefilling, budget, step, chosen)
         # After a preemption the pages are spoken for, unless the last to run has preempted itself:

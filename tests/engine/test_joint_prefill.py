@@ -138,7 +138,7 @@ def test_a_short_preamble_is_not_worth_a_checkpoint() -> None:
     assert scheduler.sharing.cache.num_checkpoints == 1  # that of the end
 
 
-def test_beside_sequences_that_decode_prompts_get_a_smaller_budget_unless_others_wait() -> None:
+def test_beside_sequences_that_decode_a_lone_prompt_gets_a_smaller_budget() -> None:
     scheduler = make_scheduler(budget=200, mixed=30)
     add(scheduler, "talks", [1] * 10, max_tokens=4)
     add(scheduler, "long", [2] * 400)
@@ -151,6 +151,8 @@ def test_beside_sequences_that_decode_prompts_get_a_smaller_budget_unless_others
     for i in range(2):
         add(scheduler, f"new{i}", [3 + i] * 20)
     assert step(scheduler) == {"talks": (10, 11), "new0": (0, 20), "new1": (0, 20)}
+    add(scheduler, "late", [5] * 100)
+    assert step(scheduler) == {"talks": (11, 12), "late": (0, 30)}
 
 
 def test_hits_are_counted_whole_and_of_global_pages() -> None:
