@@ -157,6 +157,8 @@ def test_every_field_survives_the_way_to_the_engine_process() -> None:
         thinking_budget=budget(9),
         priority=-1,
         cache_salt="s",
+        tenant="key 0",
+        num_preamble_tokens=5,
     )
     defaults = SamplingParams(max_tokens=1)
     for name in SamplingParams.__struct_fields__:
