@@ -54,7 +54,7 @@ def test_serve_hands_its_variables_to_the_command(planned: Callable[..., str]) -
 def test_test_sets_itself_up(planned: Callable[..., str]) -> None:
     plan = planned("test", "ARGS=-k scheduler")
     assert "-m venv .venv" in plan
-    assert "-e '.[cpu,default-model,test]'" in plan
+    assert "-e '.[cpu,default-model,plot,test]'" in plan
     assert "--no-deps trl==" in plan
     assert plan.splitlines()[-1] == ".venv/bin/python -m pytest -k scheduler"
 
