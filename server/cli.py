@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import BezelError, ConfigError
-from bezel.server import plan_command, simulate_command
+from bezel.server import bench_command, plan_command, simulate_command
 from bezel.server.config import ServerConfig
 from bezel.server.options import add_flags, from_environment, options_of
 from bezel.server.version import VERSION
@@ -31,7 +31,7 @@ _ENGINE_VARIABLES = {
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64",
 }
 
-_COMMANDS = {"plan": plan_command, "simulate": simulate_command}
+_COMMANDS = {"plan": plan_command, "simulate": simulate_command, "bench": bench_command}
 
 
 class _Parser(argparse.ArgumentParser):

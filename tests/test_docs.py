@@ -1,5 +1,6 @@
 """README, docs and changelog say what the code does: flags, commands, series, versions."""
 
+import argparse
 import ast
 import importlib.util
 import re
@@ -94,11 +95,18 @@ def test_http_api_page_has_every_error_a_request_can_raise(http_api: ModuleType)
     assert ours - start_up <= told
 
 
+def all_flags(parser: argparse.ArgumentParser) -> Iterator[str]:
+    """Those of a parser and of all its commands."""
+    yield from parser._option_string_actions
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            for command in action.choices.values():
+                yield from all_flags(command)
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_flags_exist(page: Path) -> None:
-    [commands] = [x for x in build_parser()._actions if isinstance(x.choices, dict)]
-    parsers = dict(commands.choices or {}).values()
-    known = {flag for parser in parsers for flag in parser._option_string_actions} | {"--version"}
+    known = set(all_flags(build_parser()))
     for code in code_of(page):
         if not code.startswith(("docker ", "make test ")):  # their flags are others'
             assert set(re.findall(r"--[a-z][a-z-]+", code)) <= known, code
