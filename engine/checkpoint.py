@@ -7,7 +7,7 @@ weights are never loaded. Nothing here needs torch until a tensor is read.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,8 @@ from bezel.engine.model_config import GEMMA3_TYPES, GEMMA4_TYPES
 
 if TYPE_CHECKING:
     import torch
+
+    from bezel.kernels.packed import Int4Values
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _INDEX = "model.safetensors.index.json"
@@ -75,14 +77,17 @@ def num_tensors(checkpoint: Checkpoint) -> int:
     return sum(len(_names_in(shard)) for shard in _shards(checkpoint.path))
 
 
-def iterate_tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """Read one tensor after the other: as stored from safetensors, in float32 from GGUF.
+def iterate_tensors(
+    checkpoint: Checkpoint, keep_int4: Callable[[str], bool] = lambda name: False
+) -> Iterator[tuple[str, "torch.Tensor | Int4Values"]]:
+    """Read one tensor after the other: as stored from safetensors, in float32 from GGUF, but in
+    four bits what a GGUF stores so and `keep_int4` wants by its name.
 
     Raises:
         CheckpointError: a file is missing or damaged, or a tensor can't be dequantised.
     """
     if checkpoint.format == "gguf":
-        yield from iterate_hf_tensors(GGUFFile(checkpoint.path))
+        yield from iterate_hf_tensors(GGUFFile(checkpoint.path), keep_int4)
         return
     for shard in _shards(checkpoint.path):
         with _opened(shard, framework="pt") as tensors:

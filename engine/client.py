@@ -81,17 +81,24 @@ class EngineClient:
         """Seconds since the engine was last heard of while work is pending; 0 when idle."""
         return time.monotonic() - self._last_heard if self._streams else 0.0
 
-    async def start(self) -> None:
-        """Spawn the process and wait until the model is loaded.
-
-        Raises:
-            ConfigError: the engine can't start with this configuration.
-        """
-        await self._spawn()
+    def launch(self) -> None:
+        """Begin the process ahead of `start`: until then it imports what it needs, for a second or
+        two, and neither looks for the model nor loads it."""
+        self._spawn()
         # Whoever forgets `shutdown` should get to an end all the same: multiprocessing, whose own
         # exit handler is there by now and so comes after this one, would wait for a process that
         # ignores SIGTERM, and ZeroMQ for its socket.
         atexit.register(self._abandon)
+
+    async def start(self) -> None:
+        """Have the process load the model, and wait until it has; launches it if that wasn't done.
+
+        Raises:
+            ConfigError: the engine can't start with this configuration.
+        """
+        if self._process is None:
+            self.launch()
+        await self._load()
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
 
     async def generate(
@@ -147,8 +154,8 @@ class EngineClient:
         if len(self._streams) >= self._limit:
             raise Overloaded("The server's queue is full; try again shortly.", retry_after_s=1)
 
-    async def _spawn(self) -> None:
-        """Start a process and take its first message."""
+    def _spawn(self) -> None:
+        """Start a process that waits for its configuration."""
         address = f"ipc://{Path(self._folder.name) / f'engine-{self.num_restarts}'}"
         self._socket = self._context.socket(zmq.PAIR)
         self._socket.set_hwm(0)
@@ -156,11 +163,16 @@ class EngineClient:
         # A spawned process starts clean: forking one with threads and an event loop would not.
         spawn = multiprocessing.get_context("spawn")
         process = spawn.Process(
-            target=run_engine, args=(self._config, address), name="bezel-engine", daemon=True
+            target=run_engine, args=(address,), name="bezel-engine", daemon=True
         )
         process.start()
         self._process = process
         self._gone = asyncio.create_task(_end_of(self._process), name="engine-watch")
+
+    async def _load(self) -> None:
+        """Send the configuration, and take the answer to it."""
+        assert self._socket is not None
+        self._socket.send(msgspec.msgpack.encode(self._config))
         message = await self._receive()
         if message is None:
             raise EngineUnavailable("The engine process ended while loading; see its log above.")
@@ -191,7 +203,8 @@ class EngineClient:
             await self._reap()
             self.num_restarts += 1
             try:
-                await self._spawn()
+                self._spawn()
+                await self._load()
             except (EngineUnavailable, ConfigError, OSError) as error:
                 logger.error("engine restart failed, next try in %.0f s: %s", pause_s, error)
                 await asyncio.sleep(pause_s)

@@ -21,6 +21,12 @@ class EngineConfig:
         "Number format of weights, activations and KV pages",
         choices=("auto", "float32", "bfloat16"),
     )
+    quantization: str = option(
+        "auto",
+        "Format of weights on a CPU; auto keeps a GGUF near its own size unless --dtype is given, "
+        "none means --dtype",
+        choices=("auto", "none", "int8", "int4"),
+    )
     device: str = option("auto", "Where the model runs", choices=("auto", "cpu", "cuda"))
     max_model_len: int | None = option(
         None,

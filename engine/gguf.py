@@ -15,7 +15,7 @@ see `gguf_config` and `gguf_tensors`.
 import hashlib
 import mmap
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -73,7 +73,7 @@ class GGUFFile:
         self._data = _map(path)
         header = _Cursor(path, self._data)
         num_tensors, num_metadata = header.counts()
-        self.metadata: dict[str, Any] = dict(header.metadata(num_metadata))
+        self.metadata: Mapping[str, Any] = _Metadata(header, num_metadata)
         infos = [header.tensor_info() for _ in range(num_tensors)]
         data_start = header.data_start(self.metadata.get("general.alignment", 32))
         self._header_bytes = header.position
@@ -90,33 +90,67 @@ class GGUFFile:
         digest.update(_U64.pack(len(self._data)))
         return digest.hexdigest()
 
-    def read(self, name: str) -> "torch.Tensor":
-        """The values of a tensor as float32, dequantised a few rows at a time.
+    def read(self, name: str, rows: slice = slice(None)) -> "torch.Tensor":
+        """The values of a tensor as float32, or of some of its first dimension's rows.
 
         Raises:
             CheckpointError: the tensor's type can't be dequantised.
         """
         import torch  # the API process reads metadata only and stays without it
 
-        tensor = self.tensors[name]
-        rows, columns = prod(tensor.shape[:-1]), tensor.shape[-1]
-        raw = np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
-        raw = raw.reshape(rows, -1)
-        values = np.empty((rows, columns), np.float32)
-        step = max(1, _DEQUANTIZED_AT_ONCE // columns)
-        for row in range(0, rows, step):
-            values[row : row + step] = self._dequantize(tensor, raw[row : row + step])
-        return torch.from_numpy(values.reshape(tensor.shape))
+        from bezel.kernels.cpu.gguf_blocks import dequantize
 
-    def _dequantize(self, tensor: GGUFTensor, raw: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        try:
-            values: np.ndarray[Any, Any] = gguf.dequantize(raw, tensor.type)
-        except NotImplementedError as error:
-            raise CheckpointError(
-                f"{self.path}: tensor {tensor.name} is of type {tensor.type.name}, "
-                "which can't be dequantised"
-            ) from error
-        return values
+        tensor = self.tensors[name]
+        raw_NB, shape = self._raw(tensor, rows)
+        values_NK = dequantize(raw_NB, tensor.type)
+        if values_NK is None:
+            values_NK = self._dequantize_slowly(tensor, raw_NB)
+        return torch.from_numpy(values_NK.reshape(shape))
+
+    def read_int4(
+        self, name: str, rows: slice = slice(None)
+    ) -> "tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None":
+        """Of a 2-D tensor in a format of 4 bits: codes_NK uint8 from 0 to 15 and for each group of
+        32 columns scale_NG and min_NG, float32, so that w = scale·code − min without rounding.
+
+        None if the tensor isn't stored so.
+        """
+        import torch
+
+        from bezel.kernels.cpu.gguf_blocks import split_int4
+
+        tensor = self.tensors[name]
+        raw_NB, _ = self._raw(tensor, rows)
+        parts = split_int4(raw_NB, tensor.type)
+        if parts is None:
+            return None
+        codes_NK, scale_NG, min_NG = map(torch.from_numpy, parts)
+        return codes_NK, scale_NG, min_NG
+
+    def _raw(self, tensor: GGUFTensor, rows: slice) -> tuple[np.ndarray[Any, Any], tuple[int, ...]]:
+        """Bytes by row of the last dimension, and the shape of what they hold."""
+        raw = np.frombuffer(self._data, np.uint8, tensor.num_bytes, tensor.offset)
+        if len(tensor.shape) == 1:
+            return raw.reshape(1, -1), tensor.shape
+        raw = raw.reshape(*tensor.shape[:-1], -1)[rows]
+        return raw.reshape(-1, raw.shape[-1]), (*raw.shape[:-1], tensor.shape[-1])
+
+    def _dequantize_slowly(
+        self, tensor: GGUFTensor, raw_NB: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any]:
+        """By `gguf.dequantize`, a few rows at a time."""
+        columns = tensor.shape[-1]
+        values_NK = np.empty((len(raw_NB), columns), np.float32)
+        step = max(1, _DEQUANTIZED_AT_ONCE // columns)
+        for row in range(0, len(raw_NB), step):
+            try:
+                values_NK[row : row + step] = gguf.dequantize(raw_NB[row : row + step], tensor.type)
+            except NotImplementedError as error:
+                raise CheckpointError(
+                    f"{self.path}: tensor {tensor.name} is of type {tensor.type.name}, "
+                    "which can't be dequantised"
+                ) from error
+        return values_NK
 
 
 def _map(path: Path) -> mmap.mmap:
@@ -135,6 +169,35 @@ class _TensorInfo:
     shape: tuple[int, ...]
     type_id: int
     offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Strings:
+    """A list of strings that lies in the file and hasn't been read."""
+
+    start: int
+    count: int
+
+
+class _Metadata(Mapping[str, Any]):
+    """Lists of strings are read when they are asked for: a vocabulary has 262,144 of them, and
+    whoever wants tensors wants none."""
+
+    def __init__(self, cursor: "_Cursor", count: int) -> None:
+        self._cursor = cursor
+        self._values = dict(cursor.entry() for _ in range(count))
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._values[key]
+        if isinstance(value, _Strings):
+            value = self._values[key] = self._cursor.read(value)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
 
 
 class _Cursor:
@@ -158,10 +221,10 @@ class _Cursor:
             self.fail(f"is of GGUF version {version}; versions 2 and 3, little-endian, are read")
         return self._u64(), self._u64()
 
-    def metadata(self, count: int) -> Iterator[tuple[str, Any]]:
-        for _ in range(count):
-            key = self._string()
-            yield key, self._value(key)
+    def entry(self) -> tuple[str, Any]:
+        """Key and value of a metadata entry, the value of a list of strings as `Strings`."""
+        key = self._string()
+        return key, self._value(key)
 
     def tensor_info(self) -> _TensorInfo:
         name = self._string()
@@ -210,9 +273,6 @@ class _Cursor:
         value: int = _U64.unpack_from(self.data, self._take(8))[0]
         return value
 
-    def _string(self) -> str:
-        return self._strings(1)[0]
-
     def _value(self, key: str) -> Any:
         kind = self._u32()
         if kind == _STRING:
@@ -220,7 +280,7 @@ class _Cursor:
         if kind != _ARRAY:
             return self._numbers(key, kind, 1)[0]
         kind, count = self._u32(), self._u64()
-        return self._strings(count) if kind == _STRING else self._numbers(key, kind, count)
+        return self._skip_strings(count) if kind == _STRING else self._numbers(key, kind, count)
 
     def _numbers(self, key: str, kind: int, count: int) -> list[Any]:
         if kind not in _SCALARS:
@@ -230,22 +290,29 @@ class _Cursor:
         numbers: list[Any] = np.frombuffer(self.data, dtype, count, start).tolist()
         return numbers
 
-    def _strings(self, count: int) -> list[str]:
-        # Vocabularies have 262,144 of them: one tight loop, without a method call per string.
-        data, position, size = self.data, self.position, len(self.data)
-        strings = []
-        for _ in range(count):
-            start = position + 8
-            if start > size:
-                break
-            position = start + _U64.unpack_from(data, position)[0]
-            if position > size:
-                break
-            strings.append(data[start:position])
-        if len(strings) < count:
-            self.fail(f"is truncated: the header goes on after byte {size}")
-        self.position = position
+    def _string(self) -> str:
+        strings = self._skip_strings(1)
+        return self.read(strings)[0]
+
+    def _skip_strings(self, count: int) -> "_Strings":
+        start = position = self.position
+        data, length_at = self.data, _U64.unpack_from
         try:
-            return [string.decode() for string in strings]
+            for _ in range(count):
+                position += 8 + length_at(data, position)[0]
+        except (struct.error, IndexError, OverflowError):
+            position = len(data) + 1
+        self._take(position - start)
+        return _Strings(start, count)
+
+    def read(self, strings: "_Strings") -> list[str]:
+        """Those that were stepped over."""
+        position, read = strings.start, []
+        try:
+            for _ in range(strings.count):
+                start = position + 8
+                position = start + _U64.unpack_from(self.data, position)[0]
+                read.append(self.data[start:position].decode())
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{self.path} is damaged: a string isn't UTF-8") from error
+        return read

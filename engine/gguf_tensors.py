@@ -7,14 +7,18 @@ audit stops on it.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
+
+from gguf import GGMLQuantizationType
 
 from bezel.engine.errors import CheckpointError
 from bezel.engine.gguf import GGUFFile
 
 if TYPE_CHECKING:
     import torch
+
+    from bezel.kernels.packed import Int4Values
 
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
@@ -81,18 +85,37 @@ def hf_tensor_sources(file: GGUFFile) -> dict[str, list[str]]:
     return sources
 
 
-def iterate_hf_tensors(file: GGUFFile) -> Iterator[tuple[str, "torch.Tensor"]]:
-    """Read one tensor after the other, in float32.
+def hf_tensor_types(file: GGUFFile) -> dict[str, tuple[GGMLQuantizationType, ...]]:
+    """For each Hugging Face tensor the types of the GGUF tensors it is made of."""
+    return {
+        name: tuple(file.tensors[part].type for part in parts)
+        for name, parts in hf_tensor_sources(file).items()
+    }
+
+
+def iterate_hf_tensors(
+    file: GGUFFile, keep_int4: Callable[[str], bool] = lambda name: False
+) -> Iterator[tuple[str, "torch.Tensor | Int4Values"]]:
+    """Read one tensor after the other, in float32, or in four bits if it is stored so and
+    `keep_int4` of its name says so.
 
     Raises:
         CheckpointError: a tensor can't be dequantised, or frequencies that Bezel doesn't apply.
     """
     import torch
 
+    from bezel.kernels.packed import Int4Values
+
     if _ROPE_FREQUENCIES in file.tensors:
         _check_rope_frequencies(file)
     is_gemma3 = file.metadata.get("general.architecture") == "gemma3"
     for name, parts in hf_tensor_sources(file).items():
+        if len(parts) == 1 and keep_int4(name):
+            in_four_bits = file.read_int4(parts[0])
+            if in_four_bits is not None:
+                shape = file.tensors[parts[0]].shape
+                yield name, Int4Values(*(part.view(*shape[:-1], -1) for part in in_four_bits))
+                continue
         values = [file.read(part) for part in parts]
         if is_gemma3 and name.endswith("norm.weight"):
             values[0] -= 1

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from tqdm import tqdm
 from bezel.engine.batch import Batch
 from bezel.engine.checkpoint import Checkpoint, iterate_tensors, num_tensors
 from bezel.engine.config import EngineConfig
+from bezel.engine.cpu_threads import num_threads
 from bezel.engine.decode_graphs import DecodeGraphs, capture_sizes
 from bezel.engine.errors import ConfigError
 from bezel.engine.kv_cache import KVCache
@@ -19,9 +20,13 @@ from bezel.engine.logprobs import PromptLogprobs
 from bezel.engine.memory import DeviceMemory, arena_bytes, max_model_len
 from bezel.engine.model_config import ModelConfig
 from bezel.engine.models.registry import build_model
+from bezel.engine.packing import bfloat16_matrices
+from bezel.engine.quantization import choose_formats, parameter_of, stored_types
 from bezel.engine.scheduler import ScheduledStep
 from bezel.engine.warm_up import warm_up_model
-from bezel.engine.weights import load_weights
+from bezel.engine.weights import load_weights, text_name
+from bezel.kernels.cpu.jit import set_num_threads
+from bezel.kernels.packed import Int4Values, WeightFormat
 
 logger = logging.getLogger("bezel")
 
@@ -34,8 +39,16 @@ class ModelRunner:
         self.device = choose_device(config.device)
         self.dtype = choose_dtype(config.dtype, self.device)
         started = time.monotonic()
-        self.model = build_model(self.model_config, self.dtype, self.device)
-        load_weights(self.model, _with_progress(checkpoint))
+        is_cpu = self.device.type == "cpu"
+        if is_cpu:
+            set_num_threads(num_threads())
+        memory = torch.device("meta") if is_cpu else self.device
+        self.model = build_model(self.model_config, self.dtype, memory)
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        formats = choose_formats(config, self.model, not is_cpu, stored_types(checkpoint))
+        if is_cpu and self.dtype == torch.bfloat16:
+            formats = bfloat16_matrices(self.model) | formats
+        load_weights(self.model, _with_progress(checkpoint, formats), formats)
         self.model.after_loading()
         logger.info("loaded %s in %.1f s", checkpoint.name, time.monotonic() - started)
         self.layout = KVLayout.for_model(self.model_config, self.dtype.itemsize, config.block_size)
@@ -53,10 +66,6 @@ class ModelRunner:
         self.decode_graphs: DecodeGraphs | None = None
         if self.device.type == "cuda":
             self._warm_up(config)
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep) -> tuple[Tensor, PromptLogprobs | None]:
@@ -119,10 +128,16 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
-def _with_progress(checkpoint: Checkpoint) -> Iterable[tuple[str, Tensor]]:
+def _with_progress(
+    checkpoint: Checkpoint, formats: Mapping[str, WeightFormat]
+) -> Iterable[tuple[str, Tensor | Int4Values]]:
     """The checkpoint's tensors, behind a bar on a terminal."""
-    bar: Iterable[tuple[str, Tensor]] = tqdm(
-        iterate_tensors(checkpoint),
+
+    def keep_int4(name: str) -> bool:
+        return formats.get(parameter_of(text_name(name))) is WeightFormat.INT4
+
+    bar: Iterable[tuple[str, Tensor | Int4Values]] = tqdm(
+        iterate_tensors(checkpoint, keep_int4),
         total=num_tensors(checkpoint),
         desc="Loading weights",
         unit="tensor",

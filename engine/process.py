@@ -34,23 +34,29 @@ logger = logging.getLogger("bezel")
 IDLE_POLL_MS = 1000  # how soon a process without a parent notices
 
 
-def run_engine(config: EngineConfig, address: str) -> None:
-    """Entry point of the spawned process; talks over a ZeroMQ pair socket at `address`."""
-    # Here, not above: the API process imports this module too, and stays free of torch.
-    from bezel.engine.core import Engine
-    from bezel.engine.planning.machine import plan_of
-    from bezel.engine.planning.report import gist
+def run_engine(address: str) -> None:
+    """Entry point of the spawned process; talks over a ZeroMQ pair socket at `address`.
 
+    The first message is an `EngineConfig`. What has to be imported is imported before it comes.
+    """
     # Ctrl-C reaches every process of a terminal, and a service manager's SIGTERM every process of
     # a service; when to stop is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    # Here, not above: the API process imports this module too, and stays free of torch.
+    from bezel.engine.core import Engine
+    from bezel.engine.planning.machine import plan_of
+    from bezel.engine.planning.report import gist
+
     with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.set_hwm(0)
         socket.connect(address)
+        message = _next_message(socket)
+        if message is None:
+            return
         try:
-            engine = Engine(config)
+            engine = Engine(msgspec.msgpack.decode(message, type=EngineConfig))
         except ConfigError as error:
             _send(socket, StartFailed(error.message))
             return
@@ -60,11 +66,23 @@ def run_engine(config: EngineConfig, address: str) -> None:
         _serve(engine, socket)
 
 
-def _serve(engine: "Engine", socket: "zmq.Socket[bytes]") -> None:
+def _has_parent() -> bool:
     parent = multiprocessing.parent_process()
+    return parent is None or parent.is_alive()
+
+
+def _next_message(socket: "zmq.Socket[bytes]") -> bytes | None:
+    """Wait for one; None if the parent is gone."""
+    while _has_parent():
+        if socket.poll(IDLE_POLL_MS):
+            return socket.recv()
+    return None
+
+
+def _serve(engine: "Engine", socket: "zmq.Socket[bytes]") -> None:
     decoder = msgspec.msgpack.Decoder(ToEngine)
     was_busy = False
-    while parent is None or parent.is_alive():
+    while _has_parent():
         while socket.poll(0 if engine.has_work or was_busy else IDLE_POLL_MS):
             message = decoder.decode(socket.recv())
             if isinstance(message, Shutdown):

@@ -3,17 +3,22 @@
 Published checkpoints name text tensors `model.language_model.…`, older ones
 `language_model.model.…`, text-only ones `model.…`. The audit: every tensor is used, or known to be
 unused (vision and audio towers are reported, not dropped in silence); every parameter is filled;
-every shape is equal. One tensor is in memory at a time beside the model.
+every shape is equal. Beside the model there is one tensor in memory at a time, or the parts of one
+packed weight.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 
+import torch
 from torch import Tensor, nn
 
 from bezel.engine.errors import CheckpointError
 from bezel.engine.models.decoder import Decoder
+from bezel.engine.packing import Packer
+from bezel.kernels.packed import Int4Values, WeightFormat
 
 logger = logging.getLogger("bezel")
 
@@ -50,20 +55,27 @@ class _Audit:
         return found
 
 
-def load_weights(model: Decoder, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy every tensor to its place, converting to the parameter's dtype.
+def load_weights(
+    model: Decoder,
+    tensors: Iterable[tuple[str, Tensor | Int4Values]],
+    formats: Mapping[str, WeightFormat] | None = None,
+) -> None:
+    """Copy every tensor to its place, converting to the parameter's dtype; parameters named in
+    `formats` become packed weights. A parameter on the meta device gets its memory on the CPU when
+    its first values come.
 
     Raises:
         CheckpointError: listing what is missing, unknown or misshapen.
     """
     audit = _Audit({name: parameter.numel() for name, parameter in model.named_parameters()})
+    packer = Packer(model, formats or {})
     for checkpoint_name, tensor in tensors:
         modality = _other_modality(checkpoint_name)
         if modality:
             audit.not_loaded[modality] = audit.not_loaded.get(modality, 0) + 1
             continue
         name = text_name(checkpoint_name)
-        _fill(model, name, model.convert(name, tensor), audit)
+        _fill(model, packer, name, tensor, audit)
     if problems := audit.problems():
         raise CheckpointError(
             "the checkpoint doesn't fit the model; tensors " + "; ".join(problems)
@@ -85,19 +97,35 @@ def _other_modality(checkpoint_name: str) -> str | None:
     return next((prefix for prefix in OTHER_MODALITIES if name.startswith(prefix)), None)
 
 
-def _fill(model: Decoder, name: str, tensor: Tensor, audit: _Audit) -> None:
+def _fill(
+    model: Decoder, packer: Packer, name: str, tensor: Tensor | Int4Values, audit: _Audit
+) -> None:
     if model.is_ignorable(name):
         return
     target_name, rows = _target(model, name)
     if target_name not in audit.unfilled:
         audit.unknown.append(name)
         return
-    target = model.get_parameter(target_name).data[rows]
-    audit.unfilled[target_name] -= target.numel()
-    if target.shape != tensor.shape:
-        audit.misshapen.append(f"{name} {tuple(tensor.shape)}, expected {tuple(target.shape)}")
-        return
-    target.copy_(tensor)
+    shape = packer.shape(target_name, rows)
+    audit.unfilled[target_name] -= prod(shape)
+    if shape != tensor.shape:
+        audit.misshapen.append(f"{name} {tuple(tensor.shape)}, expected {tuple(shape)}")
+    elif target_name in packer.formats:
+        packer.add(target_name, rows, tensor, is_last=audit.unfilled[target_name] == 0)
+    else:
+        assert isinstance(tensor, Tensor)
+        _parameter(model, target_name).data[rows].copy_(model.convert(name, tensor))
+
+
+def _parameter(model: Decoder, name: str) -> nn.Parameter:
+    """The parameter, with memory."""
+    parameter = model.get_parameter(name)
+    if parameter.is_meta:
+        module, _, leaf = name.rpartition(".")
+        values = torch.empty_like(parameter, device="cpu")
+        parameter = nn.Parameter(values, requires_grad=False)
+        setattr(model.get_submodule(module), leaf, parameter)
+    return parameter
 
 
 def _target(model: nn.Module, name: str) -> tuple[str, slice]:

@@ -31,6 +31,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bezel.kernels.cpu.decode_attention import decode_attention_cpu, runs_decode
 from bezel.kernels.decode_combine import Splits, combine_splits, live_splits
 from bezel.kernels.decode_reference import decode_attention_reference
 from bezel.kernels.jit import runs_triton, tile_family, tl, triton
@@ -258,7 +259,10 @@ def decode_attention(
 ) -> Tensor:
     """The formula above. Reads no device data on the host, so a CUDA graph can hold it."""
     if not runs_triton(q_THC):
-        return decode_attention_reference(
+        on_cpu = (
+            decode_attention_cpu if runs_decode(q_THC, value_dim) else decode_attention_reference
+        )
+        return on_cpu(
             q_THC,
             k_cache_PBGC,
             v_cache_PBGK,

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bezel.kernels.cpu import embedding as cpu
+from bezel.kernels.cpu.jit import runs_numba
 from bezel.kernels.jit import runs_triton, tl, triton
 from bezel.kernels.rms_norm import inverse_rms, rms_norm_reference, row_tile
 
@@ -78,6 +80,8 @@ def _embed_and_norm_kernel(
 
 def scaled_embedding(token_ids_T: Tensor, weight_VD: Tensor, scale: float) -> Tensor:
     """x_TD in the weight's dtype. Ids lie in [0, V); `scale` is a value of the weight's dtype."""
+    if runs_numba(weight_VD, weight_VD.shape[1]):
+        return cpu.scaled_embedding(token_ids_T, weight_VD, scale)
     if not runs_triton(weight_VD):
         return scaled_embedding_reference(token_ids_T, weight_VD, scale)
     num_tokens, width = len(token_ids_T), weight_VD.shape[1]
@@ -94,6 +98,8 @@ def embed_and_norm(
     token_ids_T: Tensor, weight_VD: Tensor, scale: float, norm_weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(x_TD, z_TD) in the weight's dtype, with ids and scale as for `scaled_embedding`."""
+    if runs_numba(weight_VD, weight_VD.shape[1]):
+        return cpu.embed_and_norm(token_ids_T, weight_VD, scale, norm_weight_D, eps)
     if not runs_triton(weight_VD):
         return embed_and_norm_reference(token_ids_T, weight_VD, scale, norm_weight_D, eps)
     num_tokens, width = len(token_ids_T), weight_VD.shape[1]

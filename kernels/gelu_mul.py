@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bezel.kernels.cpu import gelu
+from bezel.kernels.cpu.jit import runs_numba
 from bezel.kernels.jit import runs_triton, tl, triton
 
 
@@ -50,15 +52,19 @@ def _gelu_times_kernel(gate_ptr, factor_ptr, y_ptr, stride_gt, stride_ft, E, BLO
 
 def gelu_mul(gate_up_TF2: Tensor) -> Tensor:
     """y_TF in gate_up's dtype, half as wide."""
+    if runs_numba(gate_up_TF2, gate_up_TF2.shape[-1] // 2):
+        return gelu.gelu_mul(gate_up_TF2)
     gate_TF, up_TF = gate_up_TF2.chunk(2, dim=-1)
     return gelu_times(gate_TF, up_TF)
 
 
 def gelu_times(gate_TE: Tensor, factor_TE: Tensor) -> Tensor:
     """y_TE in gate's dtype. Rows of gate and factor are contiguous, at any stride."""
+    num_rows, width = gate_TE.shape
+    if runs_numba(gate_TE, width):
+        return gelu.gelu_times(gate_TE, factor_TE)
     if not runs_triton(gate_TE):
         return gelu_times_reference(gate_TE, factor_TE)
-    num_rows, width = gate_TE.shape
     assert factor_TE.shape == gate_TE.shape
     assert gate_TE.stride(1) == 1 and factor_TE.stride(1) == 1
     y_TE = torch.empty(gate_TE.shape, dtype=gate_TE.dtype, device=gate_TE.device)

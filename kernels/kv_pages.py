@@ -14,6 +14,8 @@ Values and cache have one dtype, any. One program of `write_kv` copies BLOCK_W o
 import torch
 from torch import Tensor
 
+from bezel.kernels.cpu import qkv as cpu
+from bezel.kernels.cpu.jit import runs_numba
 from bezel.kernels.jit import runs_triton, tl, triton
 
 NO_SLOT = -1
@@ -77,10 +79,12 @@ def write_kv(values_TGK: Tensor, cache_PBGK: Tensor, slot_mapping_T: Tensor) -> 
 
     A token's values are contiguous, tokens may be any distance apart. No two slots are the same.
     """
-    if not runs_triton(values_TGK):
-        return write_kv_reference(values_TGK, cache_PBGK, slot_mapping_T)
     num_tokens, num_heads, head_dim = values_TGK.shape
     page_size, width = cache_PBGK.shape[1], num_heads * head_dim
+    if runs_numba(values_TGK, width):
+        return cpu.write_kv(values_TGK, cache_PBGK, slot_mapping_T)
+    if not runs_triton(values_TGK):
+        return write_kv_reference(values_TGK, cache_PBGK, slot_mapping_T)
     assert cache_PBGK.shape[2:] == values_TGK.shape[1:] and cache_PBGK.dtype == values_TGK.dtype
     assert values_TGK.stride()[1:] == (head_dim, 1), "a token's values must be contiguous"
     assert cache_PBGK.stride()[1:] == (width, head_dim, 1), "tokens of a page must be contiguous"

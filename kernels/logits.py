@@ -19,6 +19,8 @@ numbers that aren't, and a step would have to wait.
 import torch
 from torch import Tensor
 
+from bezel.kernels.cpu import logits as cpu
+from bezel.kernels.cpu.jit import runs_numba
 from bezel.kernels.jit import runs_triton, tl, triton
 
 BLOCK_V = 2048
@@ -68,6 +70,8 @@ def softcap(logits_NV: Tensor, cap: float | None) -> Tensor:
     """Float32 logits_NV between −cap and cap; without a cap the same tensor, whatever its dtype."""
     if cap is None:
         return logits_NV
+    if runs_numba(logits_NV, logits_NV.shape[-1]):
+        return cpu.softcap(logits_NV, cap)
     if not runs_triton(logits_NV):
         return softcap_reference(logits_NV, cap)
     num_rows, vocab_size = logits_NV.shape

@@ -27,6 +27,8 @@ from bezel.kernels.candidates import (
     load_candidates,
     load_logits,
 )
+from bezel.kernels.cpu.jit import runs_numba
+from bezel.kernels.cpu.logprobs import logprobs as cpu_logprobs
 from bezel.kernels.jit import runs_triton, tl, triton
 
 BLOCK_V = 2048
@@ -122,6 +124,8 @@ def logprobs(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> tuple[Tens
     """
     num_rows, vocab_size = logits_NV.shape
     assert 0 <= num_top <= min(MAX_TOP_K, vocab_size) and logits_NV.stride(1) == 1
+    if runs_numba(logits_NV, vocab_size):
+        return cpu_logprobs(logits_NV, token_ids_N, num_top)
     if not runs_triton(logits_NV):
         return logprobs_reference(logits_NV, token_ids_N, num_top)
     device, num_blocks = logits_NV.device, triton.cdiv(vocab_size, BLOCK_V)

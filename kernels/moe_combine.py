@@ -18,6 +18,8 @@ One program owns one token and holds its whole row, BLOCK_D values, in registers
 
 from torch import Tensor
 
+from bezel.kernels.cpu import combine
+from bezel.kernels.cpu.jit import runs_numba
 from bezel.kernels.jit import runs_triton, tl, triton
 from bezel.kernels.rms_norm import (
     add_rms_norm_reference,
@@ -130,8 +132,10 @@ def combine_experts(
     """
     top_k = weights_TA.shape[1]
     assert (dense_TD is None) == (y_TXD.shape[1] > top_k)
-    if not runs_triton(y_TXD):
-        return combine_experts_reference(
+    on_cpu = runs_numba(y_TXD, y_TXD.shape[-1])
+    if on_cpu or not runs_triton(y_TXD):
+        compute = combine.combine_experts if on_cpu else combine_experts_reference
+        return compute(
             y_TXD,
             weights_TA,
             dense_TD,

@@ -18,6 +18,8 @@ One program takes BLOCK_T rows of scores, a warp for each, and looks A times for
 import torch
 from torch import Tensor
 
+from bezel.kernels.cpu import combine
+from bezel.kernels.cpu.jit import runs_numba
 from bezel.kernels.jit import runs_triton, tl, triton
 
 _BLOCK_T = 4
@@ -80,6 +82,8 @@ def _route_kernel(
 
 def route(scores_TE: Tensor, per_expert_scale_E: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Ids chosen_TA of the `top_k` experts and their weights_TA; rows of scores may be strided."""
+    if runs_numba(scores_TE) and runs_numba(per_expert_scale_E):
+        return combine.route(scores_TE, per_expert_scale_E, top_k)
     if not runs_triton(scores_TE):
         return route_reference(scores_TE, per_expert_scale_E, top_k)
     num_tokens, num_experts = scores_TE.shape

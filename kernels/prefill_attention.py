@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bezel.kernels.cpu.prefill_attention import prefill_attention_cpu, runs_prefill
 from bezel.kernels.jit import runs_triton, triton
 from bezel.kernels.kv_pages import gather_kv, position_slots
 from bezel.kernels.prefill_kernels import global_kernel, local_kernel, prefill_tile
@@ -152,6 +153,22 @@ def local_prefill_attention(
     `last_key_T` (int64) is the last position each query sees, its own or a later one of its chunk.
     """
     if not runs_triton(q_THK):
+        if runs_prefill(q_THK, q_THK.shape[2]):
+            return prefill_attention_cpu(
+                q_THK,
+                k_TGK,
+                v_TGK,
+                k_cache_PBGK,
+                v_cache_PBGK,
+                page_table_SP,
+                cu_seqlens_q_S1,
+                seq_lens_S,
+                max_q_len,
+                scale,
+                window,
+                q_THK.shape[2],
+                last_key_T,
+            )
         return local_prefill_reference(
             q_THK,
             k_TGK,
@@ -221,6 +238,21 @@ def global_prefill_attention(
     """Attention over pages that already hold the chunk. Without `v_cache_PBGK` the value is the
     first `value_dim` values of the key row."""
     if not runs_triton(q_THC):
+        if runs_prefill(q_THC, value_dim):
+            return prefill_attention_cpu(
+                q_THC,
+                None,
+                None,
+                k_cache_PBGC,
+                v_cache_PBGK,
+                page_table_SP,
+                cu_seqlens_q_S1,
+                seq_lens_S,
+                max_q_len,
+                scale,
+                None,
+                value_dim,
+            )
         return global_prefill_reference(
             q_THC,
             k_cache_PBGC,

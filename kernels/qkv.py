@@ -29,15 +29,20 @@ the two values of a pair stand at the same place.
               x x x x ┘                                    └► row t − num_stored of k or v, if not
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from bezel.kernels.cpu import qkv as cpu
+from bezel.kernels.cpu.jit import runs_numba
 from bezel.kernels.jit import runs_triton, tl, triton
 from bezel.kernels.kv_pages import slot_offset, write_kv
 from bezel.kernels.rms_norm import rms_norm_reference
 from bezel.kernels.rotary import apply_rotary, turned_pairs
+
+Launcher = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -311,6 +316,13 @@ def _launch(
     return q_THC, k_TGK, v_TGK
 
 
+def _kernel_launcher(qkv_TNK: Tensor, cos_TJ: Tensor) -> Launcher | None:
+    """What launches the kernel of this device; None where there is only the reference."""
+    if runs_numba(qkv_TNK, qkv_TNK.shape[-1] // 2, cos_TJ.shape[1]):
+        return cpu.rotate_and_store
+    return _launch if runs_triton(qkv_TNK) else None
+
+
 def rotate_and_store_local(
     qkv_TNK: Tensor,
     shape: QKVShape,
@@ -333,10 +345,11 @@ def rotate_and_store_local(
     """
     assert not shape.key_is_value and num_stored <= len(qkv_TNK)
     turn = (qkv_TNK, shape, eps, q_weight_K, k_weight_K, cos_TJ, sin_TJ)
-    if runs_triton(qkv_TNK):
+    launch = _kernel_launcher(qkv_TNK, cos_TJ)
+    if launch is not None:
         pages = (k_cache_PBGK, v_cache_PBGK, slot_mapping_T)
         owns_kv = k_weight_K is not None
-        return _launch(*turn, *pages, num_stored, owns_kv=owns_kv, returns_new=True)
+        return launch(*turn, *pages, num_stored, owns_kv=owns_kv, returns_new=True)
     q_THK = queries_reference(*turn)
     if k_weight_K is None:
         return q_THK, None, None
@@ -368,9 +381,10 @@ def rotate_and_store_global(
     whose keys are stored there.
     """
     turn = (qkv_TNK, shape, eps, q_weight_K, k_weight_K, cos_TJ, sin_TJ)
-    if runs_triton(qkv_TNK):
+    launch = _kernel_launcher(qkv_TNK, cos_TJ)
+    if launch is not None:
         pages = (k_cache_PBGC, v_cache_PBGK, slot_mapping_T)
-        return _launch(*turn, *pages, len(qkv_TNK), owns_kv=owns_kv, returns_new=False)[0]
+        return launch(*turn, *pages, len(qkv_TNK), owns_kv=owns_kv, returns_new=False)[0]
     if owns_kv:
         assert k_weight_K is not None
         k_TGC, v_TGK = keys_and_values_reference(qkv_TNK, shape, eps, k_weight_K, cos_TJ, sin_TJ)

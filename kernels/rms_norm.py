@@ -20,6 +20,8 @@ One program owns one row, whatever else is in the batch, and holds it in registe
 import torch
 from torch import Tensor
 
+from bezel.kernels.cpu import norms
+from bezel.kernels.cpu.jit import runs_numba
 from bezel.kernels.jit import runs_triton, tl, triton
 
 
@@ -128,9 +130,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
     Leading dimensions without one common stride are copied together first.
     """
+    width = x.shape[-1]
+    if runs_numba(x, width):
+        return norms.rms_norm(x, weight, eps)
     if not runs_triton(x):
         return rms_norm_reference(x, weight, eps)
-    width = x.shape[-1]
     x_TD = x.reshape(-1, width)
     assert x_TD.stride(1) == 1
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -151,9 +155,11 @@ def add_rms_norm(
     Rows of x and residual are contiguous. `scalar_1` is one element of any float dtype, read where
     it lies.
     """
+    num_rows, width = x_TD.shape
+    if runs_numba(x_TD, width):
+        return norms.add_rms_norm(x_TD, weight_D, residual_TD, eps, scalar_1, next_weight_ND)
     if not runs_triton(x_TD):
         return add_rms_norm_reference(x_TD, weight_D, residual_TD, eps, scalar_1, next_weight_ND)
-    num_rows, width = x_TD.shape
     assert residual_TD.shape == x_TD.shape
     assert x_TD.stride(1) == 1 and residual_TD.stride(1) == 1
     y_TD = torch.empty_like(x_TD, memory_format=torch.contiguous_format)

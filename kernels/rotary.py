@@ -6,7 +6,7 @@
 Pairs from J on stay as they are: Gemma 4's global layers turn 64 of 256 pairs ("proportional"),
 all others turn every pair. The exponent divides by the whole head width K either way.
 
-A GPU turns pairs where it norms and stores them, in `qkv.py`; here are the tables, for any device,
+Pairs are turned where they are normed and stored, in `qkv.py`; here are the tables, for any device,
 and the reference.
 
 T tokens   H heads   K head width   J turned pairs
@@ -15,6 +15,9 @@ T tokens   H heads   K head width   J turned pairs
 import torch
 from torch import Tensor
 
+from bezel.kernels.cpu import rotary as cpu
+from bezel.kernels.cpu.jit import runs_numba
+
 
 def rotary_frequencies(theta: float, head_dim: int, num_frequencies: int, factor: float) -> Tensor:
     """Frequencies f_J in float32."""
@@ -22,10 +25,16 @@ def rotary_frequencies(theta: float, head_dim: int, num_frequencies: int, factor
     return 1.0 / (theta**exponents) / factor
 
 
-def rotary_table(positions_T: Tensor, frequencies_J: Tensor) -> tuple[Tensor, Tensor]:
-    """cos_TJ and sin_TJ in float32."""
+def rotary_table_reference(positions_T: Tensor, frequencies_J: Tensor) -> tuple[Tensor, Tensor]:
     angles_TJ = positions_T[:, None].float() * frequencies_J
     return angles_TJ.cos(), angles_TJ.sin()
+
+
+def rotary_table(positions_T: Tensor, frequencies_J: Tensor) -> tuple[Tensor, Tensor]:
+    """cos_TJ and sin_TJ in float32, of positions (int64) and frequencies of one device."""
+    if runs_numba(frequencies_J, frequencies_J.shape[0]):
+        return cpu.rotary_table(positions_T, frequencies_J)
+    return rotary_table_reference(positions_T, frequencies_J)
 
 
 def turned_pairs(x_THK: Tensor, cos_TJ: Tensor, sin_TJ: Tensor) -> Tensor:

@@ -29,6 +29,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bezel.kernels.candidates import MAX_TOP_K, MAX_VOCAB_SIZE, largest
+from bezel.kernels.cpu.jit import runs_numba
+from bezel.kernels.cpu.sampling import sample as cpu_sample
 from bezel.kernels.draw import Parameters, draw_cut, draw_uncut
 from bezel.kernels.gumbel import NOISE_RANGE, gumbel, noise_key
 from bezel.kernels.jit import runs_triton
@@ -129,6 +131,8 @@ def sample(
     vocab_size = logits_SV.shape[1]
     assert vocab_size <= MAX_VOCAB_SIZE and logits_SV.stride(1) == 1
     top_k = [k if k < vocab_size else 0 for k in top_k]
+    if runs_numba(logits_SV, vocab_size):
+        return cpu_sample(logits_SV, temperature, top_k, top_p, min_p, seed, position)
     kinds = [kind_of(*row) for row in zip(temperature, top_k, top_p, strict=True)]
     temperature_S, top_p_S, min_p_S = (
         torch.tensor(column, dtype=torch.float32) for column in (temperature, top_p, min_p)

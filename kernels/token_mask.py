@@ -16,6 +16,8 @@ A program takes BLOCK_W words of one mask. It reads no logits, and writes what i
 import torch
 from torch import Tensor
 
+from bezel.kernels.cpu.jit import runs_numba
+from bezel.kernels.cpu.token_mask import apply_token_mask as cpu_apply_token_mask
 from bezel.kernels.jit import runs_triton, tl, triton
 
 BLOCK_W = 64
@@ -59,6 +61,9 @@ def apply_token_mask(logits_NV: Tensor, rows_M: Tensor, mask_MW: Tensor) -> None
     vocab_size = logits_NV.shape[1]
     assert logits_NV.dtype == torch.float32 and logits_NV.stride(1) == 1
     assert num_words * 32 >= vocab_size and mask_MW.stride(1) == 1
+    if runs_numba(logits_NV, vocab_size):
+        cpu_apply_token_mask(logits_NV, rows_M, mask_MW)
+        return
     if not runs_triton(logits_NV):
         apply_token_mask_reference(logits_NV, rows_M, mask_MW)
         return

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 _ENGINE_FLAGS = (
     "dtype",
+    "quantization",
     "max_num_seqs",
     "max_num_batched_tokens",
     "max_model_len",
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     from bezel.engine.planning.machine import dtype_name
     from bezel.engine.planning.model import PlannedModel
     from bezel.engine.planning.plan import plan_for
-    from bezel.engine.planning.source import resolve_config
+    from bezel.engine.planning.source import format_choice, resolve_config
 
     given = {name: value for name, value in vars(arguments).items() if name in _ENGINE_FLAGS}
     config = EngineConfig(model=arguments.model, **given)
@@ -98,6 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype_name(config.dtype, device.is_gpu),
         arguments.kv_cache_dtype,
         config.block_size,
+        format_choice(config, device.is_gpu),
     )
     memory = DeviceMemory(device.is_gpu, memory_bytes, memory_bytes)
     print_plan(plan_for(model, config, memory, device, workload), arguments.json)

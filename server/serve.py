@@ -1,12 +1,14 @@
 """The server process: socket, model, HTTP, and an orderly end.
 
-    bind ─▶ answer HTTP ─▶ load the checkpoint's tokenizer, start the engine ─▶ ready
+    bind ─▶ launch the engine's process ─▶ answer HTTP ─▶ find the checkpoint
+    ─▶ load its tokenizer here, the model there ─▶ ready
     SIGTERM or SIGINT ─▶ not ready ─▶ running requests finish, or get an error after
     `shutdown_timeout` ─▶ connections close ─▶ the engine ends ─▶ exit code 0
     a second signal ─▶ the end at once
 
 The socket is bound before anything is loaded, so a port in use is known in a moment, and HTTP
-answers while the model loads.
+answers while the model loads. The engine's process has most to import, so it begins first, and what
+only this process needs is imported meanwhile.
 """
 
 import asyncio
@@ -15,19 +17,20 @@ import os
 import signal
 import socket
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
-from bezel.engine.checkpoint import resolve_checkpoint
 from bezel.engine.client import EngineClient
 from bezel.engine.errors import ConfigError, EngineUnavailable
 from bezel.engine.metrics import Metrics
-from bezel.engine.tokenizer import Tokenizer
-from bezel.server.app import create_app
 from bezel.server.config import ServerConfig
-from bezel.server.engine_handle import EngineHandle
 from bezel.server.request_id import RequestIdFilter
-from bezel.server.state import ServedModel, ServerState
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+    from bezel.server.state import ServedModel, ServerState
 
 logger = logging.getLogger("bezel")
 
@@ -45,9 +48,13 @@ def serve(config: ServerConfig) -> None:
     """
     _start_logging()
     sock = bind_socket(config.host, config.port)
-    state = ServerState(config, Metrics())
-    uvicorn_config = uvicorn.Config(
-        create_app(state),
+    with asyncio.Runner(loop_factory=_uvicorn_config("", config).get_loop_factory()) as runner:
+        runner.run(_run(config, sock))
+
+
+def _uvicorn_config(app: "FastAPI | str", config: ServerConfig) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
         lifespan="off",
         log_config=None,
         log_level="warning",
@@ -56,8 +63,6 @@ def serve(config: ServerConfig) -> None:
         timeout_keep_alive=config.timeout_keep_alive,
         timeout_graceful_shutdown=_CLOSING_TIMEOUT_S,
     )
-    with asyncio.Runner(loop_factory=uvicorn_config.get_loop_factory()) as runner:
-        runner.run(_run(DrainingServer(uvicorn_config, state), state, sock))
 
 
 def _start_logging() -> None:
@@ -90,7 +95,7 @@ def bind_socket(host: str, port: int) -> socket.socket:
 class DrainingServer(uvicorn.Server):
     """uvicorn, except that the first signal lets running requests finish."""
 
-    def __init__(self, config: uvicorn.Config, state: ServerState) -> None:
+    def __init__(self, config: uvicorn.Config, state: "ServerState") -> None:
         super().__init__(config)
         self._state = state
         self._draining: asyncio.Task[None] | None = None
@@ -127,20 +132,30 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-async def _run(server: DrainingServer, state: ServerState, sock: socket.socket) -> None:
-    engine = EngineClient(state.config.engine, state.metrics.observe_step)
-    logger.info("listening on %s, loading %s", _url(sock), state.config.engine.model)
-    serving = asyncio.create_task(server.serve([sock]))
-    loading = asyncio.create_task(_load(engine, state))
-    loading.add_done_callback(server.stop_if_failed)
+async def _run(config: ServerConfig, sock: socket.socket) -> None:
+    metrics = Metrics()
+    engine = EngineClient(config.engine, metrics.observe_step)
+    engine.launch()
+    logger.info("listening on %s, loading %s", _url(sock), config.engine.model)
     try:
-        await serving
+        # Both processes are busy importing for a second; neither waits for the other.
+        from bezel.server.app import create_app
+        from bezel.server.state import ServerState
+
+        state = ServerState(config, metrics)
+        server = DrainingServer(_uvicorn_config(create_app(state), config), state)
+        serving = asyncio.create_task(server.serve([sock]))
+        loading = asyncio.create_task(_load(engine, state))
+        loading.add_done_callback(server.stop_if_failed)
+        try:
+            await serving
+        finally:
+            was_loading = loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
     finally:
-        was_loading = loading.cancel()
-        await asyncio.gather(loading, return_exceptions=True)
         await engine.shutdown()
-        if state.model is not None:
-            state.model.grammars.close()
+    if state.model is not None:
+        state.model.grammars.close()
     if was_loading:
         # A download in a thread can't be stopped, and Python would wait for it.
         logging.shutdown()
@@ -148,16 +163,24 @@ async def _run(server: DrainingServer, state: ServerState, sock: socket.socket) 
     loading.result()
 
 
-async def _load(engine: EngineHandle, state: ServerState) -> None:
+async def _load(engine: EngineClient, state: "ServerState") -> None:
+    from bezel.engine.checkpoint import resolve_checkpoint
+    from bezel.engine.tokenizer import Tokenizer
+
     checkpoint = await asyncio.to_thread(resolve_checkpoint, state.config.engine.model)
-    tokenizer = await asyncio.to_thread(Tokenizer.load, checkpoint)
-    await engine.start()
+    starting = asyncio.create_task(engine.start())
+    try:
+        tokenizer = await asyncio.to_thread(Tokenizer.load, checkpoint)
+        await starting
+    finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
     model = state.set_model(engine, tokenizer, checkpoint)
     for line in describe(model):
         logger.info(line)
 
 
-def describe(model: ServedModel) -> list[str]:
+def describe(model: "ServedModel") -> list[str]:
     """What an operator wants to know of a loaded model, in lines for the log."""
     info = model.engine.info
     return [

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bezel.engine.batch import Batch
 from bezel.engine.kv_cache import KVCache
+from bezel.engine.layers.linear import Linear
 from bezel.engine.layers.norm import RMSNorm
 from bezel.engine.model_config import LayerConfig, ModelConfig
 from bezel.kernels.decode_attention import decode_attention
@@ -65,8 +66,8 @@ class Attention(nn.Module):
             if not shape.key_is_value:
                 self.fused["v_proj"] = ("qkv_proj", slice(q + kv, q + 2 * kv))
         num_rows = max(rows.stop for _, rows in self.fused.values())
-        self.qkv_proj = nn.Linear(model.hidden_size, num_rows, bias=False, dtype=dtype)
-        self.o_proj = nn.Linear(q, model.hidden_size, bias=False, dtype=dtype)
+        self.qkv_proj = Linear(model.hidden_size, num_rows, dtype)
+        self.o_proj = Linear(q, model.hidden_size, dtype)
 
     def forward(self, x_TD: Tensor, context: AttentionContext) -> Tensor:
         qkv_TN = self.qkv_proj(x_TD)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from bezel.engine.layers.linear import Linear
 from bezel.kernels.gelu_mul import gelu_mul
 
 
@@ -12,8 +13,8 @@ class GatedMLP(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, dtype: torch.dtype) -> None:
         super().__init__()
         width = intermediate_size
-        self.gate_up_proj = nn.Linear(hidden_size, 2 * width, bias=False, dtype=dtype)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False, dtype=dtype)
+        self.gate_up_proj = Linear(hidden_size, 2 * width, dtype)
+        self.down_proj = Linear(width, hidden_size, dtype)
         self.fused = {
             "gate_proj": ("gate_up_proj", slice(0, width)),
             "up_proj": ("gate_up_proj", slice(width, 2 * width)),

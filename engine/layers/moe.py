@@ -12,11 +12,14 @@ T tokens   D model width   E experts   A experts per token   F expert width
 import torch
 from torch import Tensor, nn
 
+from bezel.engine.layers.linear import Linear
 from bezel.engine.layers.mlp import GatedMLP
 from bezel.engine.model_config import MoEConfig
 from bezel.kernels.jit import runs_triton
 from bezel.kernels.moe_mlp import MAX_DENSE_TOKENS, moe_mlp
 from bezel.kernels.moe_route import route
+from bezel.kernels.packed import PackedWeight
+from bezel.kernels.packed_moe import packed_moe_mlp
 
 
 class Router(nn.Module):
@@ -27,7 +30,7 @@ class Router(nn.Module):
         self.top_k = moe.top_k
         self.scale = nn.Parameter(torch.empty(hidden_size, dtype=dtype))
         self.per_expert_scale = nn.Parameter(torch.empty(moe.num_experts, dtype=dtype))
-        self.proj = nn.Linear(hidden_size, moe.num_experts, bias=False, dtype=dtype)
+        self.proj = Linear(hidden_size, moe.num_experts, dtype)
 
     @property
     def norm_weight_D(self) -> Tensor:
@@ -41,7 +44,13 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """gate_up_proj E×2F×D (gate first) and down_proj E×D×F, as checkpoints store them."""
+    """gate_up_proj E×2F×D (gate first) and down_proj E×D×F, as checkpoints store them.
+
+    The loader may put packed weights in the parameters' places.
+    """
+
+    gate_up_proj: Tensor | PackedWeight
+    down_proj: Tensor | PackedWeight
 
     def __init__(self, hidden_size: int, moe: MoEConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -57,6 +66,8 @@ class Experts(nn.Module):
         Where the dense MLP takes part in the experts' launch its parts are further rows of y_TXD.
         """
         weights = (self.gate_up_proj, self.down_proj)
+        if isinstance(self.gate_up_proj, PackedWeight) and isinstance(self.down_proj, PackedWeight):
+            return packed_moe_mlp(routed_TD, chosen_TA, *weights), mlp(dense_TD)
         if self._takes(mlp, routed_TD):
             dense_weights = (mlp.gate_up_proj.weight, mlp.down_proj.weight)
             return moe_mlp(routed_TD, dense_TD, chosen_TA, *weights, *dense_weights), None

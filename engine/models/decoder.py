@@ -8,16 +8,18 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from bezel.engine.batch import Batch
 from bezel.engine.kv_cache import KVCache
 from bezel.engine.layers.attention import AttentionContext
 from bezel.engine.layers.embedding import ScaledEmbedding
+from bezel.engine.layers.linear import Linear
 from bezel.engine.layers.norm import RMSNorm
 from bezel.engine.model_config import AttentionConfig, ModelConfig
 from bezel.kernels.embedding import embed_and_norm
+from bezel.kernels.linear import Scratch, linear
 from bezel.kernels.logits import softcap
+from bezel.kernels.packed import PackedWeight
 from bezel.kernels.rotary import rotary_frequencies, rotary_table
 
 
@@ -29,11 +31,12 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
         self.config = config
+        self._logits = Scratch()
         scale = config.hidden_size**0.5
         self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, scale, dtype)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False, dtype=dtype)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, dtype)
 
     def after_loading(self) -> None:
         """Compute what follows from the weights and the configuration, on the weights' device."""
@@ -42,17 +45,23 @@ class Decoder(nn.Module):
         self.global_frequencies = _frequencies(self.config.global_, device)
 
     def compute_logits(self, hidden_ND: Tensor) -> Tensor:
-        """logits_NV in float32, softcapped where the model has a cap; `hidden_ND` is normed."""
+        """logits_NV in float32, softcapped where the model has a cap; `hidden_ND` is normed.
+
+        On a CPU they stay until the next call.
+        """
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        logits_NV = F.linear(hidden_ND, head.weight)
+        is_packed = isinstance(head.weight, PackedWeight)
+        dtype = torch.float32 if is_packed else None
+        logits_NV = linear(hidden_ND, head.weight, dtype, self._logits)
         return softcap(logits_NV, self.config.final_logit_softcapping).float()
 
     def embed(self, token_ids_T: Tensor) -> tuple[Tensor, Tensor]:
         """Embeddings x_TD and their norm for the first layer."""
-        first = self._input_norms[0]
-        return embed_and_norm(
-            token_ids_T, self.embed_tokens.weight, self.embed_tokens.scale, first.weight, first.eps
-        )
+        first, table = self._input_norms[0], self.embed_tokens
+        if isinstance(table.weight, PackedWeight):
+            x_TD = table(token_ids_T)
+            return x_TD, first(x_TD)
+        return embed_and_norm(token_ids_T, table.weight, table.scale, first.weight, first.eps)
 
     def next_norms(self) -> list[Tensor]:
         """For each layer the weight of the norm that follows it: each norm is computed together

@@ -13,6 +13,7 @@ from bezel.engine.batch import Batch
 from bezel.engine.kv_cache import KVCache
 from bezel.engine.layers.attention import Attention, AttentionContext
 from bezel.engine.layers.embedding import ScaledEmbedding
+from bezel.engine.layers.linear import Linear
 from bezel.engine.layers.mlp import GatedMLP
 from bezel.engine.layers.moe import Experts, Router
 from bezel.engine.layers.norm import RMSNorm
@@ -47,8 +48,8 @@ class Gemma4Layer(nn.Module):
         self.has_per_layer_input = config.per_layer_input_size > 0
         if config.per_layer_input_size:
             width = config.per_layer_input_size
-            self.per_layer_input_gate = nn.Linear(dim, width, bias=False, dtype=dtype)
-            self.per_layer_projection = nn.Linear(width, dim, bias=False, dtype=dtype)
+            self.per_layer_input_gate = Linear(dim, width, dtype)
+            self.per_layer_projection = Linear(width, dim, dtype)
             self.post_per_layer_input_norm = RMSNorm(dim, eps)
 
     def after_loading(self) -> None:
@@ -133,17 +134,15 @@ class Gemma4Decoder(Decoder):
             self.embed_tokens_per_layer = ScaledEmbedding(
                 config.per_layer_vocab_size, total, width**0.5, dtype
             )
-            self.per_layer_model_projection = nn.Linear(
-                config.hidden_size, total, bias=False, dtype=dtype
-            )
+            self.per_layer_model_projection = Linear(config.hidden_size, total, dtype)
             self.per_layer_projection_norm = RMSNorm(width, config.rms_norm_eps)
 
     def after_loading(self) -> None:
         super().after_loading()
         for layer in self.layers:
             cast(Gemma4Layer, layer).after_loading()
-        weight = self.embed_tokens.weight
-        self.half_1 = torch.full((1,), 2.0**-0.5, dtype=torch.float32, device=weight.device)
+        device = self.norm.weight.device
+        self.half_1 = torch.full((1,), 2.0**-0.5, dtype=torch.float32, device=device)
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
         """Hidden states after the final norm, T×D."""

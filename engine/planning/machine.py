@@ -3,15 +3,17 @@
 from typing import TYPE_CHECKING, cast
 
 import torch
+from torch import nn
 
 from bezel.engine.config import EngineConfig
 from bezel.engine.memory import DeviceMemory
 from bezel.engine.model_runner import choose_device, choose_dtype
 from bezel.engine.planning.capacity import MemoryPlan
 from bezel.engine.planning.device import PRESETS, Device
-from bezel.engine.planning.model import DTypeName, PlannedModel, weights_of
+from bezel.engine.planning.model import DTypeName, PlannedModel
 from bezel.engine.planning.plan import Plan, make_plan, plan_for
-from bezel.engine.planning.source import resolve_config
+from bezel.engine.planning.source import format_choice, resolve_config
+from bezel.kernels.packed import PackedWeight, WeightFormat
 
 if TYPE_CHECKING:
     from bezel.engine.core import Engine
@@ -34,22 +36,42 @@ def plan_to_serve(config: EngineConfig) -> Plan:
         BezelError: no such model or device, or a length that the model hasn't.
     """
     device = choose_device(config.device)
+    is_gpu = device.type == "cuda"
     name, shape = resolve_config(config.model, use_published=False)
-    dtype = dtype_name(config.dtype, device.type == "cuda")
-    model = PlannedModel.of(name, shape, dtype, block_size=config.block_size)
+    model = PlannedModel.of(
+        name,
+        shape,
+        dtype_name(config.dtype, is_gpu),
+        block_size=config.block_size,
+        choose=format_choice(config, is_gpu),
+    )
     return plan_for(model, config, DeviceMemory.of(device), _speed(device))
 
 
 def plan_of(engine: "Engine") -> Plan:
     """Of an engine that runs, with its weights and its pool as they are."""
-    runner, pool = engine.runner, engine.pool
-    dtype = dtype_name(str(runner.dtype).removeprefix("torch."), runner.device.type == "cuda")
-    weights = weights_of(runner.model.named_parameters(), runner.model_config)
-    model = PlannedModel(
-        engine.checkpoint.name, runner.model_config, weights, runner.layout, dtype, dtype
+    runner = engine.runner
+    is_gpu = runner.device.type == "cuda"
+    formats = _formats(runner.model)
+    model = PlannedModel.of(
+        engine.checkpoint.name,
+        runner.model_config,
+        dtype_name(str(runner.dtype).removeprefix("torch."), is_gpu),
+        block_size=engine.config.block_size,
+        choose=lambda _: formats,
     )
-    memory = MemoryPlan.of_pool(model, pool, DeviceMemory.of(runner.device))
+    memory = MemoryPlan.of_pool(model, engine.pool, DeviceMemory.of(runner.device))
     return make_plan(model, engine.config, memory, _speed(runner.device))
+
+
+def _formats(model: nn.Module) -> dict[str, WeightFormat]:
+    """Of weights that are kept in another format than the model's dtype."""
+    return {
+        f"{path}.{leaf}": weight.format
+        for path, module in model.named_modules()
+        for leaf, weight in vars(module).items()
+        if isinstance(weight, PackedWeight) and weight.format is not WeightFormat.BFLOAT16
+    }
 
 
 def _speed(device: torch.device) -> Device | None:

@@ -51,14 +51,16 @@ class LayerPlan:
 class Plan:
     """All of a plan's numbers; sizes in bytes, lengths in tokens, times in seconds.
 
-    `max_model_len` is 0 where the engine would refuse to start. `decoding` and `prompts` are empty
-    where the device's speed isn't known.
+    `num_packed` are parameters that aren't kept in `dtype`, by format. `max_model_len` is 0 where
+    the engine would refuse to start. `decoding` and `prompts` are empty where the device's speed
+    isn't known.
     """
 
     model: str
     dtype: str
     kv_dtype: str
     num_parameters: int
+    num_packed: dict[str, int]
     device: Device | None
     layers: tuple[LayerPlan, ...]
     weights: dict[str, int]
@@ -107,6 +109,7 @@ def make_plan(
         dtype=model.dtype,
         kv_dtype=model.kv_dtype,
         num_parameters=model.num_parameters,
+        num_packed=model.num_packed,
         device=device,
         layers=(_layers(model, is_local=True), _layers(model, is_local=False)),
         weights={name: part.num_bytes for name, part in model.weights.items()},
@@ -164,6 +167,10 @@ def _notes(model: PlannedModel, device: Device | None) -> tuple[str, ...]:
         )
     if device is not None and model.dtype == "float32":
         notes.append("Products are timed as in bfloat16; float32 takes longer.")
+    if device is not None and model.num_packed:
+        notes.append(
+            "Products with packed weights are timed as in bfloat16, but for what they read."
+        )
     if device is None:
         notes.append("No step times: the speed of this device isn't known.")
     return tuple(notes)

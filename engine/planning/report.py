@@ -28,8 +28,8 @@ def gist(plan: Plan) -> list[str]:
     """Five lines: model, weights, KV pages, concurrency, and what is in the way first."""
     memory, first, last = plan.memory, plan.contexts[0], plan.contexts[-1]
     return [
-        f"plan: {plan.model}, {plan.num_parameters / 1e6:,.0f} million parameters in {plan.dtype}, "
-        f"sequences of up to {plan.max_model_len:,} tokens",
+        f"plan: {plan.model}, {plan.num_parameters / 1e6:,.0f} million parameters "
+        f"in {_formats(plan)}, sequences of up to {plan.max_model_len:,} tokens",
         f"plan: weights {_gb(memory.weight_bytes)} GB: {_components(plan)}",
         f"plan: KV pages {_gb(memory.kv_bytes)} GB; a sequence takes "
         f"{_bytes(first.bytes_per_sequence)} at {first.num_tokens:,} tokens and "
@@ -43,7 +43,7 @@ def gist(plan: Plan) -> list[str]:
 def _head(plan: Plan) -> Iterable[str]:
     speed = "" if plan.device is None else f" and the speed of {plan.device.name}"
     yield (
-        f"{plan.model}: {plan.num_parameters / 1e9:,.2f} billion parameters in {plan.dtype}, "
+        f"{plan.model}: {plan.num_parameters / 1e9:,.2f} billion parameters in {_formats(plan)}, "
         f"KV pages in {plan.kv_dtype}"
     )
     yield (
@@ -54,6 +54,16 @@ def _head(plan: Plan) -> Iterable[str]:
         yield f"DOES NOT FIT: {plan.first_limit.text}."
     elif not plan.max_model_len:
         yield f"WOULD NOT START: {plan.first_limit.text}."
+
+
+def _formats(plan: Plan) -> str:
+    """`bfloat16`, or `int8 (63 %) and int4 (37 %), else bfloat16`."""
+    if not plan.num_packed:
+        return plan.dtype
+    shares = (
+        f"{name} ({count / plan.num_parameters:.0%})" for name, count in plan.num_packed.items()
+    )
+    return f"{' and '.join(shares)}, else {plan.dtype}"
 
 
 def _layer_rows(layers: Sequence[LayerPlan]) -> list[list[str]]:

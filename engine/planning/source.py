@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from bezel.engine.checkpoint import read_json, resolve_checkpoint
+from bezel.engine.config import EngineConfig
 from bezel.engine.errors import CheckpointError
 from bezel.engine.hub import download_config
 from bezel.engine.model_config import ModelConfig
+from bezel.engine.planning.model import FormatChoice
 from bezel.engine.planning.published import PUBLISHED, published_name
+from bezel.engine.quantization import Types, choose_formats, stored_types
 
 
 def resolve_config(model: str, *, use_published: bool = True) -> tuple[str, ModelConfig]:
@@ -23,6 +26,15 @@ def resolve_config(model: str, *, use_published: bool = True) -> tuple[str, Mode
     if config.get("quantization_config"):
         raise CheckpointError(f"{name} is quantised; only GGUF may be, so far")
     return name, ModelConfig.from_hf(config)
+
+
+def format_choice(config: EngineConfig, is_gpu: bool) -> FormatChoice:
+    """Which weights of `config.model` are packed on a GPU or a CPU; of a GGUF file the header
+    says what it stores."""
+    stored: Types = {}
+    if config.model == "default" or config.model.endswith(".gguf"):
+        stored = stored_types(resolve_checkpoint(config.model))
+    return lambda model: choose_formats(config, model, is_gpu, stored)
 
 
 def _find(model: str, use_published: bool) -> tuple[str, dict[str, Any]]:

@@ -8,7 +8,7 @@ from bezel.engine.errors import ConfigError
 from bezel.engine.memory import DeviceMemory, arena_bytes, max_model_len, prefix_cache_bytes
 from bezel.engine.planning.device import Device
 from bezel.engine.planning.model import DTypeName, PlannedModel
-from bezel.engine.planning.source import resolve_config
+from bezel.engine.planning.source import format_choice, resolve_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,13 @@ class Setup:
         """
         name, shape = resolve_config(config.model)
         dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-        model = PlannedModel.of(name, shape, cast(DTypeName, dtype), block_size=config.block_size)
+        model = PlannedModel.of(
+            name,
+            shape,
+            cast(DTypeName, dtype),
+            block_size=config.block_size,
+            choose=format_choice(config, device.is_gpu),
+        )
         memory = DeviceMemory(device.is_gpu, device.memory_bytes, device.memory_bytes)
         memory = memory.with_weights(model.weight_bytes)
         num_bytes = arena_bytes(config, model.config, model.layout, model.value_bytes, memory)

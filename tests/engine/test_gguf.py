@@ -100,6 +100,32 @@ def test_quantised_tensors_are_read_as_the_gguf_package_does(
     assert torch.equal(read, torch.from_numpy(expected))
 
 
+def test_some_rows_of_the_first_dimension(write_gguf: WriteGGUF) -> None:
+    tensors = {"a.weight": values(7, 64), "experts": values(5, 3, 64), "b": values(40)}
+    kinds = {"a.weight": Q.Q5_0, "experts": Q.Q4_1}
+    file = GGUFFile(write_gguf("gemma3", {}, tensors, kinds))
+    assert torch.equal(file.read("a.weight", slice(2, 5)), file.read("a.weight")[2:5])
+    assert torch.equal(file.read("experts", slice(4, 5)), file.read("experts")[4:5])
+    assert file.read("b", slice(None)).shape == (40,)
+
+
+def test_four_bits_as_they_are_stored(write_gguf: WriteGGUF) -> None:
+    """Under llama.cpp's rule the value of largest magnitude becomes −8 scales."""
+    group = np.linspace(-4, 3.5, 32, dtype=np.float32)
+    tensors = {"a": np.stack([group, -group, 2 * group]), "b": values(3, 32)}
+    file = GGUFFile(write_gguf("gemma3", {}, tensors, {"a": Q.Q4_0, "b": Q.Q8_0}))
+    parts = file.read_int4("a")
+    assert parts is not None
+    codes_NK, scale_NG, min_NG = parts
+    assert scale_NG.tolist() == [[0.5], [-0.5], [1.0]] and min_NG.tolist() == [[4.0], [-4.0], [8.0]]
+    assert codes_NK[0].tolist() == codes_NK[1].tolist() == codes_NK[2].tolist()
+    assert codes_NK[0, 0] == 0 and codes_NK[0, -1] == 15
+    assert torch.equal(scale_NG * codes_NK - min_NG, file.read("a"))
+    last = file.read_int4("a", slice(2, 3))
+    assert last is not None and last[1].tolist() == [[1.0]]
+    assert file.read_int4("b") is None
+
+
 def test_three_dimensions_keep_torch_order(write_gguf: WriteGGUF) -> None:
     original = values(2, 3, 4)
     file = GGUFFile(write_gguf("gemma4", {}, {"experts": original}))
@@ -122,6 +148,16 @@ def test_the_digest_tells_headers_and_sizes_apart(write_gguf: WriteGGUF) -> None
     assert GGUFFile(other).header_digest() != digest
     same.write_bytes(same.read_bytes() + b"more")
     assert GGUFFile(same).header_digest() != digest
+
+
+def test_a_list_of_strings_is_held_against_the_file_before_it_is_read(tmp_path: Path) -> None:
+    entry = header(num_metadata=1) + string("words") + struct.pack("<IIQ", 9, 8, 2)
+    file = open_bytes(tmp_path, entry + string("good") + struct.pack("<Q", 1) + b"\xff")
+    assert list(file.metadata) == ["words"] and len(file.metadata) == 1
+    with pytest.raises(CheckpointError, match=r"made\.gguf is damaged: a string isn't UTF-8"):
+        file.metadata["words"]
+    with pytest.raises(CheckpointError, match="is truncated"):
+        open_bytes(tmp_path, entry + string("good") + struct.pack("<Q", 1))
 
 
 def test_files_that_are_no_gguf(tmp_path: Path) -> None:
@@ -184,6 +220,7 @@ def test_damaged_bytes_never_cause_another_error(
     content[at : at + len(replacement)] = replacement
     try:
         file = open_bytes(tmp_path, bytes(content))
+        dict(file.metadata)
         for name in file.tensors:
             file.read(name)
     except CheckpointError:

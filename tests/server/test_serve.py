@@ -145,6 +145,9 @@ class Loading:
         self.failure = failure
         self.is_shut_down = False
 
+    def launch(self) -> None:
+        """Nothing to wait for."""
+
     async def start(self) -> None:
         assert self.failure is not None
         raise self.failure
@@ -167,8 +170,8 @@ def test_engine_that_can_not_start(
 ) -> None:
     engine = Loading(failure)
     monkeypatch.setattr(serve_module, "EngineClient", lambda config, on_step: engine)
-    monkeypatch.setattr(serve_module, "resolve_checkpoint", lambda model: checkpoint)
-    monkeypatch.setattr(serve_module.Tokenizer, "load", lambda checkpoint: tokenizer)
+    monkeypatch.setattr("bezel.engine.checkpoint.resolve_checkpoint", lambda model: checkpoint)
+    monkeypatch.setattr("bezel.engine.tokenizer.Tokenizer.load", lambda checkpoint: tokenizer)
     assert main(["serve", "--port", "0"]) == 2
     assert capsys.readouterr().err == f"bezel: error: {failure}\n"
     assert engine.is_shut_down
@@ -182,7 +185,7 @@ def test_checkpoint_that_can_not_be_loaded(
 
     engine = Loading(None)
     monkeypatch.setattr(serve_module, "EngineClient", lambda config, on_step: engine)
-    monkeypatch.setattr(serve_module, "resolve_checkpoint", fail)
+    monkeypatch.setattr("bezel.engine.checkpoint.resolve_checkpoint", fail)
     assert main(["serve", "nothing", "--port", "0"]) == 2
     assert capsys.readouterr().err == "bezel: error: nothing: no such directory or file\n"
     assert engine.is_shut_down
@@ -192,7 +195,7 @@ SERVER = """
 import asyncio, sys
 from pathlib import Path
 from types import SimpleNamespace
-from bezel.engine.checkpoint import Checkpoint
+from bezel.engine import checkpoint, tokenizer
 from bezel.engine.messages import EngineInfo
 from bezel.server import cli, serve
 
@@ -202,14 +205,15 @@ class Engine:
         global_pages_total=1, local_page_bytes=1, global_page_bytes=1)
     is_ready = True
     def __init__(self, config, on_step): pass
+    def launch(self): pass
     async def start(self):
         if "hang" in sys.argv: await asyncio.Event().wait()
     async def shutdown(self): print("engine ended", flush=True)
 
 serve.EngineClient = Engine
-serve.resolve_checkpoint = lambda model: Checkpoint(Path("tiny"), "gguf", "tiny", {}, {})
-tokenizer = SimpleNamespace(token_id=lambda text: None)
-serve.Tokenizer = SimpleNamespace(load=lambda checkpoint: tokenizer)
+tiny = checkpoint.Checkpoint(Path("tiny"), "gguf", "tiny", {}, {})
+checkpoint.resolve_checkpoint = lambda model: tiny
+tokenizer.Tokenizer.load = lambda checkpoint: SimpleNamespace(token_id=lambda text: None)
 sys.exit(cli.main(["serve", "--port", "0"]))
 """
 

@@ -5,6 +5,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch import nn
 
 from bezel.engine import memory
 from bezel.engine.config import EngineConfig
@@ -17,8 +18,17 @@ from bezel.engine.planning import machine
 from bezel.engine.planning.machine import plan_of, plan_to_serve
 from bezel.engine.planning.published import PUBLISHED
 from bezel.engine.planning.report import gist
+from bezel.engine.quantization import choose_formats
+from bezel.kernels.packed import PackedWeight, WeightFormat
 
 SHAPE = ModelConfig.from_hf(PUBLISHED["gemma-4-E2B"])
+
+
+def pack(model: nn.Module, name: str, format: WeightFormat) -> None:
+    """Put a packed weight, of whatever values, in a parameter's place."""
+    module, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+    delattr(module, leaf)
+    setattr(module, leaf, PackedWeight(torch.empty(0), format, 0, 0))
 
 
 @pytest.fixture(autouse=True)
@@ -46,12 +56,19 @@ def test_a_gpu_that_is_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan_to_serve(config).device is None
 
 
-def test_a_running_engine_says_what_its_plan_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The arena and the longest sequence as the runner computes them."""
+@pytest.mark.parametrize("quantization", ["none", "int4"])
+def test_a_running_engine_says_what_its_plan_said(
+    monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    """The arena and the longest sequence as the runner computes them, weights as they are."""
     monkeypatch.setattr(memory, "_available_cpu_bytes", lambda: 20 * 10**9)
-    config = EngineConfig(model="x", device="cpu", dtype="bfloat16", max_num_seqs=9)
+    config = EngineConfig(
+        model="x", device="cpu", dtype="bfloat16", max_num_seqs=9, quantization=quantization
+    )
     planned = plan_to_serve(config)
     model = build_model(SHAPE, torch.bfloat16, torch.device("meta"))
+    for name, format in choose_formats(config, model, False, {}).items():
+        pack(model, name, format)
     layout = machine.PlannedModel.of("x", SHAPE).layout
     left = DeviceMemory.of(torch.device("cpu")).with_weights(planned.memory.weight_bytes)
     num_bytes = arena_bytes(config, SHAPE, layout, 2, left)

@@ -16,6 +16,7 @@ from bezel.engine.planning.model import PlannedModel
 from bezel.engine.planning.plan import Plan, plan_for
 from bezel.engine.planning.published import PUBLISHED
 from bezel.engine.planning.report import gist, table
+from bezel.engine.quantization import choose_formats
 
 
 def plan(
@@ -71,6 +72,27 @@ def test_memory_is_divided_without_a_rest() -> None:
     assert sum(found.weights.values()) == found.memory.weight_bytes == 50_467_507_772
     cpu = plan("E2B", 16, is_gpu=False).memory
     assert cpu.kv_bytes == (16 * 10**9 - cpu.weight_bytes) // 4 and cpu.activation_bytes == 0
+
+
+def test_packed_weights_take_what_their_format_takes() -> None:
+    """INT4: 5 bits a value; INT8: a byte, and four for each row's scale."""
+    shape = ModelConfig.from_hf(PUBLISHED["gemma-4-26B-A4B"])
+    config = EngineConfig(quantization="int4")
+    model = PlannedModel.of("m", shape, choose=lambda m: choose_formats(config, m, False, {}))
+    assert model.weights["experts"].num_bytes == 30 * 128 * (3 * 704 * 2816) * 5 // 8
+    assert model.weights["MLP"].num_bytes == 30 * (3 * 2112 * 2816) * 5 // 8
+    assert model.weights["head"].num_bytes == 262_144 * (2816 + 4)
+    plain = PlannedModel.of("m", shape)
+    assert model.weights["rest"] == plain.weights["rest"]
+    assert model.num_parameters == plain.num_parameters
+    memory = DeviceMemory(False, 24 * 10**9, 24 * 10**9)
+    found = plan_for(model, config, memory, PRESETS["cpu"])
+    assert found.memory.weight_bytes == sum(found.weights.values()) < 16.1e9
+    assert found.num_packed["int8"] == 262_144 * 2816
+    text = table(found)
+    assert "in int4 (97%) and int8 (3%), else bfloat16, KV pages in bfloat16" in text
+    assert "Products with packed weights are timed as in bfloat16" in text
+    assert "int8" not in table(plan("E2B", 80))
 
 
 @pytest.mark.parametrize("gb", [24, 60, 68])

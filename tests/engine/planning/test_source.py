@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bezel.engine.config import EngineConfig
 from bezel.engine.errors import CheckpointError
 from bezel.engine.model_config import ModelConfig
+from bezel.engine.models.registry import build_model
 from bezel.engine.planning import source
 from bezel.engine.planning.published import PUBLISHED
-from bezel.engine.planning.source import resolve_config
+from bezel.engine.planning.source import format_choice, resolve_config
+from bezel.kernels.packed import WeightFormat
 
 CONFIG = PUBLISHED["gemma-4-E2B"]
 SHAPE = ModelConfig.from_hf(CONFIG)
@@ -64,6 +68,24 @@ def test_the_default_model_by_its_file_header() -> None:
     expected = ModelConfig.from_hf(PUBLISHED["gemma-3-270m"])
     assert shape.rms_norm_eps == pytest.approx(expected.rms_norm_eps)  # GGUF has it in float32
     assert replace(shape, rms_norm_eps=expected.rms_norm_eps) == expected
+
+
+@pytest.mark.weights
+def test_the_default_model_is_packed_as_its_file_stores_it() -> None:
+    """The table in 8 bits; of layer 9 the output and MLP's last product in 4, all else in 5."""
+    _, shape = resolve_config("default")
+    model = build_model(shape, torch.bfloat16, torch.device("meta"))
+    found = format_choice(EngineConfig(), False)(model)
+    assert found["embed_tokens.weight"] is WeightFormat.INT8
+    assert {name: format.value for name, format in found.items() if ".9." in name} == {
+        "layers.9.self_attn.qkv_proj.weight": "int8",
+        "layers.9.self_attn.o_proj.weight": "int4",
+        "layers.9.mlp.gate_up_proj.weight": "int8",
+        "layers.9.mlp.down_proj.weight": "int4",
+    }
+    assert format_choice(EngineConfig(), True)(model) == {}
+    published = format_choice(EngineConfig(model="gemma-4-E2B", quantization="int8"), False)
+    assert len(published(model)) == 1 + 4 * 18
 
 
 @pytest.mark.parametrize(

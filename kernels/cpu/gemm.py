@@ -1,0 +1,295 @@
+"""Matrix products with packed weights, for any number of rows.
+
+    y[m, n] = Σ_k x[m, k] · w[n, k]
+
+A task is one block of 64 columns times as many rows of x as stay in the second-level cache beside
+it; the threads take tasks one after the other, so a thread that is held up by another program gets
+fewer of them. The sum over k has the same order whatever the number of rows: a row's result doesn't
+depend on the batch.
+
+Which kind of weight it is says the type of `weight`: BF16, I8 or I4. Their blocks of 64 columns:
+
+    BF16   [ K/2 words ]
+    I8     [ K/4 words | 64 scales, float32 ]               w = scale · (code − 128)
+    I4     K/32 × [ 4 words | 64 scales | 64 minima ]       w = scale · code − minimum, float16 both
+
+For I8 and I4 the rows of x are int8 codes. I8 wants a factor and 128 · (sum of its codes) for each
+row; I4 a factor and factor · (sum of its codes) for each 32 values of a row.
+"""
+
+import numpy as np
+from numba import prange, types
+from numba.extending import overload
+
+from bezel.kernels.cpu.jit import device, kernel
+from bezel.kernels.cpu.lanes import (
+    F16,
+    F32,
+    I8,
+    lane_max,
+    lane_sum,
+    load,
+    load_i64,
+    magnitude,
+    maximum,
+    splat,
+    store,
+    store_f32,
+    store_i32,
+    take_next,
+)
+from bezel.kernels.cpu.rows import serial, share
+from bezel.kernels.cpu.tiles import (
+    TILE_BYTES,
+    add_scaled,
+    dot_bf16,
+    dot_int4,
+    dot_int8,
+    store_tile,
+    subtract_outer,
+    subtract_rows,
+    zero_sums,
+    zero_tile,
+)
+
+I4 = np.uint8(0)
+GROUP = 32  # values of an int4 weight that share a scale
+GROUP_BYTES = 4 * TILE_BYTES + 2 * 64 * 2
+COLUMNS = 64
+
+
+def _multiply(weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch):
+    """One tile of y; the overloads below are its bodies."""
+
+
+@overload(_multiply)
+def _multiply_kind(
+    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch
+):
+    if weight == types.uint16:
+        return _multiply_bf16
+    return _multiply_int8 if weight == types.int8 else _multiply_int4
+
+
+def _multiply_bf16(
+    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch
+):
+    for k in range(num_words):
+        tile = dot_bf16(tile, w + TILE_BYTES * k, x + 4 * k, x_pitch)
+    store_tile(element, y, y_pitch, tile)
+
+
+def _multiply_int8(
+    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch
+):
+    sums = zero_sums(tile)
+    for k in range(num_words):
+        sums = dot_int8(sums, w + TILE_BYTES * k, x + 4 * k, x_pitch)
+    sums = subtract_rows(sums, factors + 4, factor_pitch)
+    scales = w + TILE_BYTES * num_words
+    store_tile(
+        element, y, y_pitch, add_scaled(tile, sums, F32, scales, factors, factor_pitch)
+    )
+
+
+def _multiply_int4(
+    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch
+):
+    for group in range(num_words // 4):
+        sums = zero_sums(tile)
+        for k in range(4):
+            sums = dot_int4(sums, w + TILE_BYTES * k, x + 8 * k, x_pitch)
+        scales = w + 4 * TILE_BYTES
+        tile = add_scaled(tile, sums, F16, scales, factors, factor_pitch)
+        tile = subtract_outer(tile, F16, scales + 128, factors + 4, factor_pitch)
+        w += GROUP_BYTES
+        x += GROUP
+        factors += 8
+    store_tile(element, y, y_pitch, tile)
+
+
+@device
+def multiply_block(
+    weight,
+    element,
+    x,
+    x_pitch,
+    factors,
+    factor_pitch,
+    w,
+    num_words,
+    y,
+    y_pitch,
+    num_rows,
+    most_rows,
+):
+    """64 columns of `num_rows` rows of y, in tiles of up to `most_rows` rows."""
+    while num_rows > 0:
+        if num_rows >= 6 and most_rows >= 6:
+            step = 6
+            _multiply(
+                weight, element, zero_tile(6),
+                x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch,
+            )  # fmt: skip
+        elif num_rows >= 3:
+            step = 3
+            _multiply(
+                weight, element, zero_tile(3),
+                x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch,
+            )  # fmt: skip
+        elif num_rows == 2:
+            step = 2
+            _multiply(
+                weight, element, zero_tile(2),
+                x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch,
+            )  # fmt: skip
+        else:
+            step = 1
+            _multiply(
+                weight, element, zero_tile(1),
+                x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch,
+            )  # fmt: skip
+        num_rows -= step
+        x += step * x_pitch
+        factors += step * factor_pitch
+        y += step * y_pitch
+
+
+@kernel
+def multiply(
+    weight,
+    element,
+    x,
+    x_pitch,
+    factors,
+    factor_pitch,
+    w,
+    block_bytes,
+    num_words,
+    y,
+    y_pitch,
+    num_rows,
+    num_blocks,
+    rows_at_once,
+    most_rows,
+    element_bytes,
+    threads,
+):
+    """y of all rows and blocks; pitches in bytes."""
+    counter = np.zeros(1, np.int64)
+    next_task = counter.ctypes.data
+    num_tasks = num_blocks * ((num_rows + rows_at_once - 1) // rows_at_once)
+    for _thread in prange(threads):
+        task = take_next(next_task)
+        while task < num_tasks:
+            block = task % num_blocks
+            row = task // num_blocks * rows_at_once
+            multiply_block(
+                weight,
+                element,
+                x + row * x_pitch,
+                x_pitch,
+                factors + row * factor_pitch,
+                factor_pitch,
+                w + block * block_bytes,
+                num_words,
+                y + row * y_pitch + block * COLUMNS * element_bytes,
+                y_pitch,
+                min(rows_at_once, num_rows - row),
+                most_rows,
+            )
+            task = take_next(next_task)
+
+
+@device
+def quantize_values(element, x, codes, num_values, element_bytes):
+    """int8 codes of neighbouring values, the factor that turns them back, and their sum."""
+    largest = splat(0.0)
+    for k in range(0, num_values, 16):
+        largest = maximum(largest, magnitude(load(element, x + k * element_bytes)))
+    factor = lane_max(largest) / np.float32(127.0)
+    inverse = splat(np.float32(1.0) / factor if factor > 0 else np.float32(0.0))
+    total = splat(0.0)
+    for k in range(0, num_values, 16):
+        store(I8, codes + k, load(element, x + k * element_bytes) * inverse)
+        total = total + load(I8, codes + k)
+    return factor, lane_sum(total)
+
+
+@serial
+def quantize_rows(
+    element, x, x_pitch, codes, factors, first, end, num_values, per_group, element_bytes
+):
+    """Rows of x as int8, with their factors as I8 or, if `per_group`, I4 weights want them."""
+    for row in range(first, end):
+        source, target = x + row * x_pitch, codes + row * num_values
+        if per_group:
+            for group in range(num_values // GROUP):
+                begin = group * GROUP
+                factor, total = quantize_values(
+                    element, source + begin * element_bytes, target + begin, GROUP, element_bytes
+                )
+                place = factors + 8 * (row * (num_values // GROUP) + group)
+                store_f32(place, factor)
+                store_f32(place + 4, factor * total)
+        else:
+            factor, total = quantize_values(element, source, target, num_values, element_bytes)
+            store_f32(factors + 8 * row, factor)
+            store_i32(factors + 8 * row + 4, np.int32(total) * 128)
+
+
+@kernel
+def quantize_all(
+    element, x, x_pitch, codes, factors, num_rows, num_values, per_group, element_bytes, threads
+):
+    for i in prange(threads):
+        first, end = share(i, threads, num_rows), share(i + 1, threads, num_rows)
+        quantize_rows(
+            element, x, x_pitch, codes, factors, first, end, num_values, per_group, element_bytes
+        )
+
+
+@kernel
+def multiply_groups(
+    weight,
+    element,
+    x,
+    x_pitch,
+    factors,
+    factor_pitch,
+    w,
+    matrix_bytes,
+    block_bytes,
+    num_words,
+    y,
+    y_pitch,
+    groups,
+    num_groups,
+    num_blocks,
+    most_rows,
+    element_bytes,
+    threads,
+):
+    """Rows [first, end) of x times matrix i of a stack, for each of `groups`: (i, first, end)."""
+    counter = np.zeros(1, np.int64)
+    next_task = counter.ctypes.data
+    for _thread in prange(threads):
+        task = take_next(next_task)
+        while task < num_groups * num_blocks:
+            block, group = task % num_blocks, groups + 24 * (task // num_blocks)
+            row = load_i64(group + 8)
+            multiply_block(
+                weight,
+                element,
+                x + row * x_pitch,
+                x_pitch,
+                factors + row * factor_pitch,
+                factor_pitch,
+                w + load_i64(group) * matrix_bytes + block * block_bytes,
+                num_words,
+                y + row * y_pitch + block * COLUMNS * element_bytes,
+                y_pitch,
+                load_i64(group + 16) - row,
+                most_rows,
+            )
+            task = take_next(next_task)

@@ -1,0 +1,78 @@
+"""How kernels for CPUs are compiled, where the machine code is kept, and on how many threads they run.
+
+Numba compiles a kernel when it is first called with new types, which takes about a second, and keeps
+the result on disk for every later process. The folder's name is a digest of these sources: code is
+never taken for that of another version.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import numba
+import torch
+from torch import Tensor
+
+from bezel.kernels.jit import runs_triton
+
+_DTYPES = (torch.bfloat16, torch.float32)
+_PLAIN: ContextVar[bool] = ContextVar("_PLAIN", default=False)
+
+
+def _cache_folder() -> Path:
+    """A folder below `~/.cache/bezel`, or a temporary one where that can't be written."""
+    digest = hashlib.sha256(numba.__version__.encode())
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    name = f"kernels-{digest.hexdigest()[:16]}"
+    try:
+        folder = Path.home() / ".cache" / "bezel" / name
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        folder = Path(tempfile.mkdtemp(prefix="bezel-"))
+    return folder
+
+
+numba.config.CACHE_DIR = str(_cache_folder())
+# The library that torch has loaded already: one pool of threads instead of two.
+numba.config.THREADING_LAYER = "omp"
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Of kernels, and of torch's own operations beside them."""
+    torch.set_num_threads(num_threads)
+    numba.set_num_threads(min(num_threads, numba.config.NUMBA_NUM_THREADS))
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compile what Python calls: it spreads its work over `prange(threads)`."""
+    return numba.njit(nogil=True, parallel=True, cache=True, error_model="numpy")(function)
+
+
+def device(function: Callable[..., Any]) -> Any:
+    """Compile what only kernels call."""
+    return numba.njit(nogil=True, error_model="numpy")(function)
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """Compute the references, for comparison."""
+    token = _PLAIN.set(True)
+    try:
+        yield
+    finally:
+        _PLAIN.reset(token)
+
+
+def runs_numba(x: Tensor, *widths: int) -> bool:
+    """Whether an operation on `x` runs its kernel for CPUs: all `widths` have to be whole lanes."""
+    if not x.is_cpu or x.dtype not in _DTYPES or _PLAIN.get() or runs_triton(x):
+        return False
+    for width in widths:  # a generator would take longer than a small kernel
+        if width % 16:
+            return False
+    return True

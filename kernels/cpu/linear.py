@@ -1,0 +1,142 @@
+"""Launches what works on packed weights: see kernels/linear.py."""
+
+import torch
+from torch import Tensor
+
+from bezel.kernels.cpu.gemm import I4, multiply, multiply_groups, quantize_all, quantize_rows
+from bezel.kernels.cpu.packed_rows import unpack_rows
+from bezel.kernels.cpu.lanes import BF16, F32, I8
+from bezel.kernels.cpu.rows import FEW_VALUES, element_of
+from bezel.kernels.packed import COLUMNS, GROUP, PackedWeight, WeightFormat
+
+ELEMENTS = {torch.bfloat16: BF16, torch.float32: F32}
+class Scratch:
+    """Memory for a large result, kept for the next one: fresh pages cost more than the product.
+
+    What was taken before is overwritten.
+    """
+
+    def __init__(self) -> None:
+        self._values = torch.empty(0)
+
+    def take(self, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Uninitialised."""
+        size = shape[0] * shape[1]
+        if self._values.dtype != dtype or self._values.numel() < size:
+            self._values = torch.empty(size, dtype=dtype)
+        return self._values[:size].view(shape)
+
+
+_KINDS = {WeightFormat.BFLOAT16: BF16, WeightFormat.INT8: I8, WeightFormat.INT4: I4}
+_VALUES_PER_WORD = {WeightFormat.BFLOAT16: 2, WeightFormat.INT8: 4, WeightFormat.INT4: 8}
+_ROW_BYTES_AT_ONCE = 1 << 18  # of x, a quarter of a usual second-level cache
+_MOST_ROWS = {WeightFormat.BFLOAT16: 6, WeightFormat.INT8: 6, WeightFormat.INT4: 3}
+
+
+def packed_linear_cpu(
+    x_TK: Tensor, weight: PackedWeight, dtype: torch.dtype, out: Scratch | None = None
+) -> Tensor:
+    num_rows, num_inputs = x_TK.shape
+    assert num_inputs == weight.num_inputs
+    num_blocks, block_bytes = weight.data.shape
+    shape = (num_rows, num_blocks * COLUMNS)
+    y_TN = torch.empty(shape, dtype=dtype) if out is None else out.take(shape, dtype)
+    if num_rows:
+        rows, factors = _rows_of(x_TK, weight.format)
+        row_bytes = rows.stride(0) * rows.element_size()
+        multiply(
+            _KINDS[weight.format],
+            ELEMENTS[dtype],
+            rows.data_ptr(),
+            row_bytes,
+            0 if factors is None else factors.data_ptr(),
+            0 if factors is None else factors.stride(0) * 4,
+            weight.data.data_ptr(),
+            block_bytes,
+            num_inputs // _VALUES_PER_WORD[weight.format],
+            y_TN.data_ptr(),
+            y_TN.stride(0) * y_TN.element_size(),
+            num_rows,
+            num_blocks,
+            max(6, _ROW_BYTES_AT_ONCE // row_bytes // 6 * 6),
+            _MOST_ROWS[weight.format],
+            y_TN.element_size(),
+            torch.get_num_threads(),
+        )
+    if weight.num_outputs == y_TN.shape[1]:
+        return y_TN
+    return y_TN[:, : weight.num_outputs].contiguous()
+
+
+def _rows_of(x_TK: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor | None]:
+    """x as the kernel reads it, and what goes with int8 codes."""
+    assert x_TK.stride(1) == 1
+    if format is WeightFormat.BFLOAT16:
+        return x_TK.to(torch.bfloat16), None
+    num_rows, num_inputs = x_TK.shape
+    per_group = format is WeightFormat.INT4
+    codes_TK = torch.empty(num_rows, num_inputs, dtype=torch.int8)
+    factors = torch.empty(num_rows, 2 * (num_inputs // GROUP if per_group else 1))
+    source = (element_of(x_TK), x_TK.data_ptr(), x_TK.stride(0) * x_TK.element_size())
+    target = (codes_TK.data_ptr(), factors.data_ptr())
+    sizes = (num_inputs, per_group, x_TK.element_size())
+    if num_rows * num_inputs <= FEW_VALUES:
+        quantize_rows(*source, *target, 0, num_rows, *sizes)
+    else:
+        quantize_all(*source, *target, num_rows, *sizes, torch.get_num_threads())
+    return codes_TK, factors
+
+
+def packed_embedding_cpu(
+    token_ids_T: Tensor, weight: PackedWeight, scale: float, x_TK: Tensor
+) -> None:
+    """Write scale · w[token_ids] to `x_TK`."""
+    token_ids_T = token_ids_T.contiguous()
+    values_TK = torch.empty(x_TK.shape)
+    unpack_rows(
+        _KINDS[weight.format],
+        ELEMENTS[x_TK.dtype],
+        token_ids_T.data_ptr(),
+        weight.data.data_ptr(),
+        weight.data.shape[1],
+        values_TK.data_ptr(),
+        x_TK.data_ptr(),
+        x_TK.element_size(),
+        *x_TK.shape,
+        scale,
+    )
+
+
+def packed_groups_cpu(
+    x_TK: Tensor, rows_R: Tensor, groups_M3: Tensor, weights: PackedWeight, dtype: torch.dtype
+) -> Tensor:
+    """Row r of y_RN is x[rows[r]] times the matrix of its group: (matrix, first row, end), int64."""
+    num_inputs = x_TK.shape[1]
+    rows_TK, factors = _rows_of(x_TK, weights.format)
+    rows_RK = rows_TK.index_select(0, rows_R)
+    factors = None if factors is None else factors.index_select(0, rows_R)
+    _, num_blocks, block_bytes = weights.data.shape
+    y_RN = torch.empty(len(rows_R), num_blocks * COLUMNS, dtype=dtype)
+    multiply_groups(
+        _KINDS[weights.format],
+        ELEMENTS[dtype],
+        rows_RK.data_ptr(),
+        rows_RK.stride(0) * rows_RK.element_size(),
+        0 if factors is None else factors.data_ptr(),
+        0 if factors is None else factors.stride(0) * 4,
+        weights.data.data_ptr(),
+        num_blocks * block_bytes,
+        block_bytes,
+        num_inputs // _VALUES_PER_WORD[weights.format],
+        y_RN.data_ptr(),
+        y_RN.stride(0) * y_RN.element_size(),
+        groups_M3.data_ptr(),
+        len(groups_M3),
+        num_blocks,
+        _MOST_ROWS[weights.format],
+        y_RN.element_size(),
+        torch.get_num_threads(),
+    )
+    if weights.num_outputs == y_RN.shape[1]:
+        return y_RN
+    return y_RN[:, : weights.num_outputs].contiguous()
