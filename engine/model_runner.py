@@ -12,6 +12,7 @@ from bezel.engine.batch import Batch
 from bezel.engine.checkpoint import Checkpoint, iterate_tensors, num_tensors
 from bezel.engine.config import EngineConfig
 from bezel.engine.cpu_threads import num_threads
+from bezel.engine.decode_programs import DecodePrograms
 from bezel.engine.decode_graphs import DecodeGraphs, capture_sizes
 from bezel.engine.errors import ConfigError
 from bezel.engine.kv_cache import KVCache
@@ -64,8 +65,13 @@ class ModelRunner:
         self.arena_bytes = num_bytes
         self.kv_cache = KVCache(self.model_config, self.layout, num_bytes, self.dtype, self.device)
         self.decode_graphs: DecodeGraphs | None = None
+        self.decode_programs: DecodePrograms | None = None
         if self.device.type == "cuda":
             self._warm_up(config)
+        elif not config.enforce_eager and self.dtype == torch.bfloat16:
+            self.decode_programs = DecodePrograms(
+                self._hidden, self.layout, config.max_num_seqs, self.max_model_len
+            )
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep) -> tuple[Tensor, PromptLogprobs | None]:
@@ -73,6 +79,10 @@ class ModelRunner:
         the prompts whose sequences ask for them."""
         if self.decode_graphs is not None and self.decode_graphs.takes(step):
             return self._logits(self.decode_graphs.run(step)), None
+        if self.decode_programs is not None and self.decode_programs.takes(step):
+            hidden_SD = self.decode_programs.run(step)
+            if hidden_SD is not None:
+                return self._logits(hidden_SD), None
         batch = Batch.build(step, self.layout, self.device)
         hidden_TD = self._hidden(batch)
         prompt_logprobs = PromptLogprobs.compute(step, hidden_TD, self._logits)

@@ -36,7 +36,7 @@ from bezel.kernels.cpu.rows import num_bytes
 
 SPLIT = 128  # positions
 KEYS = QUERIES = 4  # in registers
-AHEAD = 16  # keys between what is asked for and what is read
+AHEAD = 8  # keys between what is asked for and what is read
 LINE_BYTES = 64
 NOTHING = -1e30  # a maximum without a key: finite, so that differences are numbers
 

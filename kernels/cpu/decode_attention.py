@@ -24,6 +24,7 @@ from bezel.kernels.cpu.attention_split import (
 from bezel.kernels.cpu.attention_tiles import LANE_BYTES, VALUE_BLOCK, store_i64
 from bezel.kernels.cpu.jit import device, kernel, runs_numba
 from bezel.kernels.cpu.lanes import load_i64, take_next
+from bezel.kernels.cpu.launch import active_recording
 from bezel.kernels.cpu.rows import element_of, share
 
 FEW_POSITIONS = 256  # fewer are done before a second thread has started
@@ -31,7 +32,7 @@ LOG2_E = 1.4426950408889634
 
 
 @device
-def _plan(call):
+def plan_splits(call):
     """Write down before each sequence how many splits precede it; positions in all, and whether
     every sequence is a single split."""
     total, positions, is_single = 0, 0, True
@@ -47,7 +48,7 @@ def _plan(call):
 
 
 @device
-def _work(element, call, counter, split, part_bytes):
+def work_on_splits(element, call, counter, split, part_bytes):
     """Take splits until none is left."""
     num_items = load_i64(call.splits + 8 * call.num_seqs) * call.num_kv_heads
     num_rows = call.q_len * call.group
@@ -71,7 +72,7 @@ def _work(element, call, counter, split, part_bytes):
 
 
 @device
-def _join(element, call, first, last, part_bytes):
+def join_splits(element, call, first, last, part_bytes):
     """Rows of sequences that are not a single split."""
     num_rows = call.q_len * call.group
     for item in range(first, last):
@@ -84,25 +85,33 @@ def _join(element, call, first, last, part_bytes):
             combine(element, call, s, g, part, part_bytes, count, row)
 
 
+@device
+def work_in_program(element, call, scratch, scratch_bytes, counter, part_bytes, i_thread):
+    """A thread's share where threads don't wait for Python: they count with `counter`."""
+    padded = padded_rows(call.q_len * call.group)
+    own = scratch + LANE_BYTES + i_thread * scratch_bytes
+    work_on_splits(element, call, counter, split_at(own, padded), part_bytes)
+
+
 @kernel
 def _attend_all(threads, element, scratch, scratch_bytes, part_bytes, *numbers):
     call = Call(*numbers)
     store_i64(scratch, 0)
     splits = scratch + LANE_BYTES
     padded = padded_rows(call.q_len * call.group)
-    positions, is_single = _plan(call)
+    positions, is_single = plan_splits(call)
     num_rows = call.num_seqs * call.num_kv_heads * call.q_len * call.group
     if positions <= FEW_POSITIONS:
-        _work(element, call, scratch, split_at(splits, padded), part_bytes)
-        _join(element, call, 0, num_rows, part_bytes)
+        work_on_splits(element, call, scratch, split_at(splits, padded), part_bytes)
+        join_splits(element, call, 0, num_rows, part_bytes)
         return
     for i_thread in prange(threads):
         split = split_at(splits + i_thread * scratch_bytes, padded)
-        _work(element, call, scratch, split, part_bytes)
+        work_on_splits(element, call, scratch, split, part_bytes)
     if not is_single:
         for i_thread in prange(threads):
             first = share(i_thread, threads, num_rows)
-            _join(element, call, first, share(i_thread + 1, threads, num_rows), part_bytes)
+            join_splits(element, call, first, share(i_thread + 1, threads, num_rows), part_bytes)
 
 
 def runs_decode(q_THC: Tensor, value_dim: int) -> bool:
@@ -145,12 +154,7 @@ def decode_attention_cpu(
     num_parts = num_seqs * num_kv_heads * -(-visible // SPLIT)
     scratch = torch.empty(parts + num_parts * part_bytes, dtype=torch.uint8)
     p_scratch, p_k = scratch.data_ptr(), k_cache_PBGC.data_ptr()
-    _attend_all(
-        threads,
-        element_of(q_THC),
-        p_scratch,
-        scratch_bytes,
-        part_bytes,
+    numbers = (
         q_THC.data_ptr(),
         stride_q * size,
         p_k,
@@ -173,4 +177,13 @@ def decode_attention_cpu(
         window or 0,
         scale * LOG2_E,
     )
+    element = element_of(q_THC)
+    recording = active_recording()
+    if recording is None:
+        _attend_all(threads, element, p_scratch, scratch_bytes, part_bytes, *numbers)
+    else:
+        row = (element, p_scratch, scratch_bytes, part_bytes, *numbers)
+        recording.add("plan_attention", 1, row)
+        recording.add("attend", threads, row)
+        recording.add("join_attention", num_tokens * num_heads, row)
     return out_THK

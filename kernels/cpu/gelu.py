@@ -5,6 +5,7 @@ from numba import prange
 from torch import Tensor
 
 from bezel.kernels.cpu.jit import device, kernel
+from bezel.kernels.cpu.launch import Operation, launch
 from bezel.kernels.cpu.lanes import LANES, exp2, load, splat, store
 from bezel.kernels.cpu.rows import element_of, num_bytes, serial, share
 
@@ -21,7 +22,7 @@ def gelu_tanh(x):
 
 
 @serial
-def _gelu_rows(first, last, gate, stride_g, factor, stride_f, y, width, element):
+def gelu_rows(first, last, gate, stride_g, factor, stride_f, y, width, element):
     size = num_bytes(element)
     for i in range(first, last):
         p_g, p_f, p_y = gate + i * stride_g, factor + i * stride_f, y + i * width * size
@@ -33,14 +34,14 @@ def _gelu_rows(first, last, gate, stride_g, factor, stride_f, y, width, element)
 @kernel
 def _gelu_all(threads, num_rows, *row):
     for i in prange(threads):
-        _gelu_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *row)
+        gelu_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *row)
+
+
+_GELU = Operation("gelu", gelu_rows, _gelu_all)
 
 
 def _launch(num_rows: int, width: int, *row: object) -> None:
-    if num_rows * width <= _FEW:
-        _gelu_rows(0, num_rows, *row)
-    else:
-        _gelu_all(torch.get_num_threads(), num_rows, *row)
+    launch(_GELU, num_rows, num_rows * width <= _FEW, row)
 
 
 def gelu_mul(gate_up_TF2: Tensor) -> Tensor:

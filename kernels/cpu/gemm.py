@@ -155,8 +155,9 @@ def multiply_block(
         y += step * y_pitch
 
 
-@kernel
-def multiply(
+@device
+def multiply_tasks(
+    next_task,
     weight,
     element,
     x,
@@ -173,32 +174,37 @@ def multiply(
     rows_at_once,
     most_rows,
     element_bytes,
-    threads,
 ):
-    """y of all rows and blocks; pitches in bytes."""
+    """Take tasks until none is left; pitches in bytes."""
+    num_tasks = num_blocks * ((num_rows + rows_at_once - 1) // rows_at_once)
+    task = take_next(next_task)
+    while task < num_tasks:
+        block = task % num_blocks
+        row = task // num_blocks * rows_at_once
+        multiply_block(
+            weight,
+            element,
+            x + row * x_pitch,
+            x_pitch,
+            factors + row * factor_pitch,
+            factor_pitch,
+            w + block * block_bytes,
+            num_words,
+            y + row * y_pitch + block * COLUMNS * element_bytes,
+            y_pitch,
+            min(rows_at_once, num_rows - row),
+            most_rows,
+        )
+        task = take_next(next_task)
+
+
+@kernel
+def multiply(threads, num_rows, *numbers):
+    """y of all rows and blocks."""
     counter = np.zeros(1, np.int64)
     next_task = counter.ctypes.data
-    num_tasks = num_blocks * ((num_rows + rows_at_once - 1) // rows_at_once)
     for _thread in prange(threads):
-        task = take_next(next_task)
-        while task < num_tasks:
-            block = task % num_blocks
-            row = task // num_blocks * rows_at_once
-            multiply_block(
-                weight,
-                element,
-                x + row * x_pitch,
-                x_pitch,
-                factors + row * factor_pitch,
-                factor_pitch,
-                w + block * block_bytes,
-                num_words,
-                y + row * y_pitch + block * COLUMNS * element_bytes,
-                y_pitch,
-                min(rows_at_once, num_rows - row),
-                most_rows,
-            )
-            task = take_next(next_task)
+        multiply_tasks(next_task, *numbers)
 
 
 @device
@@ -218,10 +224,10 @@ def quantize_values(element, x, codes, num_values, element_bytes):
 
 @serial
 def quantize_rows(
-    element, x, x_pitch, codes, factors, first, end, num_values, per_group, element_bytes
+    first, last, element, x, x_pitch, codes, factors, num_values, per_group, element_bytes
 ):
     """Rows of x as int8, with their factors as I8 or, if `per_group`, I4 weights want them."""
-    for row in range(first, end):
+    for row in range(first, last):
         source, target = x + row * x_pitch, codes + row * num_values
         if per_group:
             for group in range(num_values // GROUP):
@@ -239,14 +245,9 @@ def quantize_rows(
 
 
 @kernel
-def quantize_all(
-    element, x, x_pitch, codes, factors, num_rows, num_values, per_group, element_bytes, threads
-):
+def quantize_all(threads, num_rows, *numbers):
     for i in prange(threads):
-        first, end = share(i, threads, num_rows), share(i + 1, threads, num_rows)
-        quantize_rows(
-            element, x, x_pitch, codes, factors, first, end, num_values, per_group, element_bytes
-        )
+        quantize_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *numbers)
 
 
 @kernel

@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 
 from bezel.kernels.cpu.gemm import I4, multiply, multiply_groups, quantize_all, quantize_rows
-from bezel.kernels.cpu.packed_rows import unpack_rows
 from bezel.kernels.cpu.lanes import BF16, F32, I8
+from bezel.kernels.cpu.launch import Operation, launch
+from bezel.kernels.cpu.packed_rows import unpack_all, unpack_rows
 from bezel.kernels.cpu.rows import FEW_VALUES, element_of
 from bezel.kernels.packed import COLUMNS, GROUP, PackedWeight, WeightFormat
 
 ELEMENTS = {torch.bfloat16: BF16, torch.float32: F32}
+
+
 class Scratch:
     """Memory for a large result, kept for the next one: fresh pages cost more than the product.
 
@@ -28,6 +31,10 @@ class Scratch:
 
 
 _KINDS = {WeightFormat.BFLOAT16: BF16, WeightFormat.INT8: I8, WeightFormat.INT4: I4}
+# A product is always shared: it is what takes the time.
+_MULTIPLY = {kind: Operation(f"multiply_{kind}", multiply, multiply) for kind in WeightFormat}
+_UNPACK = {kind: Operation(f"unpack_{kind}", unpack_rows, unpack_all) for kind in WeightFormat}
+_QUANTIZE = Operation("quantize", quantize_rows, quantize_all)
 _VALUES_PER_WORD = {WeightFormat.BFLOAT16: 2, WeightFormat.INT8: 4, WeightFormat.INT4: 8}
 _ROW_BYTES_AT_ONCE = 1 << 18  # of x, a quarter of a usual second-level cache
 _MOST_ROWS = {WeightFormat.BFLOAT16: 6, WeightFormat.INT8: 6, WeightFormat.INT4: 3}
@@ -41,28 +48,27 @@ def packed_linear_cpu(
     num_blocks, block_bytes = weight.data.shape
     shape = (num_rows, num_blocks * COLUMNS)
     y_TN = torch.empty(shape, dtype=dtype) if out is None else out.take(shape, dtype)
-    if num_rows:
-        rows, factors = _rows_of(x_TK, weight.format)
-        row_bytes = rows.stride(0) * rows.element_size()
-        multiply(
-            _KINDS[weight.format],
-            ELEMENTS[dtype],
-            rows.data_ptr(),
-            row_bytes,
-            0 if factors is None else factors.data_ptr(),
-            0 if factors is None else factors.stride(0) * 4,
-            weight.data.data_ptr(),
-            block_bytes,
-            num_inputs // _VALUES_PER_WORD[weight.format],
-            y_TN.data_ptr(),
-            y_TN.stride(0) * y_TN.element_size(),
-            num_rows,
-            num_blocks,
-            max(6, _ROW_BYTES_AT_ONCE // row_bytes // 6 * 6),
-            _MOST_ROWS[weight.format],
-            y_TN.element_size(),
-            torch.get_num_threads(),
-        )
+    rows, factors = _rows_of(x_TK, weight.format)
+    row_bytes = rows.stride(0) * rows.element_size()
+    numbers = (
+        _KINDS[weight.format],
+        ELEMENTS[dtype],
+        rows.data_ptr(),
+        row_bytes,
+        0 if factors is None else factors.data_ptr(),
+        0 if factors is None else factors.stride(0) * 4,
+        weight.data.data_ptr(),
+        block_bytes,
+        num_inputs // _VALUES_PER_WORD[weight.format],
+        y_TN.data_ptr(),
+        y_TN.stride(0) * y_TN.element_size(),
+        num_rows,
+        num_blocks,
+        max(6, _ROW_BYTES_AT_ONCE // row_bytes // 6 * 6),
+        _MOST_ROWS[weight.format],
+        y_TN.element_size(),
+    )
+    launch(_MULTIPLY[weight.format], num_rows, False, numbers)
     if weight.num_outputs == y_TN.shape[1]:
         return y_TN
     return y_TN[:, : weight.num_outputs].contiguous()
@@ -77,13 +83,17 @@ def _rows_of(x_TK: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor | None]
     per_group = format is WeightFormat.INT4
     codes_TK = torch.empty(num_rows, num_inputs, dtype=torch.int8)
     factors = torch.empty(num_rows, 2 * (num_inputs // GROUP if per_group else 1))
-    source = (element_of(x_TK), x_TK.data_ptr(), x_TK.stride(0) * x_TK.element_size())
-    target = (codes_TK.data_ptr(), factors.data_ptr())
-    sizes = (num_inputs, per_group, x_TK.element_size())
-    if num_rows * num_inputs <= FEW_VALUES:
-        quantize_rows(*source, *target, 0, num_rows, *sizes)
-    else:
-        quantize_all(*source, *target, num_rows, *sizes, torch.get_num_threads())
+    numbers = (
+        element_of(x_TK),
+        x_TK.data_ptr(),
+        x_TK.stride(0) * x_TK.element_size(),
+        codes_TK.data_ptr(),
+        factors.data_ptr(),
+        num_inputs,
+        per_group,
+        x_TK.element_size(),
+    )
+    launch(_QUANTIZE, num_rows, num_rows * num_inputs <= FEW_VALUES, numbers)
     return codes_TK, factors
 
 
@@ -91,9 +101,9 @@ def packed_embedding_cpu(
     token_ids_T: Tensor, weight: PackedWeight, scale: float, x_TK: Tensor
 ) -> None:
     """Write scale · w[token_ids] to `x_TK`."""
-    token_ids_T = token_ids_T.contiguous()
+    assert token_ids_T.is_contiguous()
     values_TK = torch.empty(x_TK.shape)
-    unpack_rows(
+    numbers = (
         _KINDS[weight.format],
         ELEMENTS[x_TK.dtype],
         token_ids_T.data_ptr(),
@@ -102,9 +112,11 @@ def packed_embedding_cpu(
         values_TK.data_ptr(),
         x_TK.data_ptr(),
         x_TK.element_size(),
-        *x_TK.shape,
+        weight.num_inputs,
         scale,
     )
+    num_rows = len(token_ids_T)
+    launch(_UNPACK[weight.format], num_rows, x_TK.numel() <= FEW_VALUES, numbers)
 
 
 def packed_groups_cpu(

@@ -5,6 +5,7 @@ from numba import prange
 from torch import Tensor
 
 from bezel.kernels.cpu.jit import device, kernel
+from bezel.kernels.cpu.launch import Operation, launch
 from bezel.kernels.cpu.lanes import F32, LANES, load, splat, store
 from bezel.kernels.cpu.rows import FEW_VALUES, element_of, inverse_rms, num_bytes, serial, share
 
@@ -24,7 +25,7 @@ def norm_row(element, x, weight, y, width, eps):
 
 
 @serial
-def _norm_rows(first, last, x, stride_x, weight, y, width, eps, element):
+def norm_rows(first, last, x, stride_x, weight, y, width, eps, element):
     for i in range(first, last):
         norm_row(element, x + i * stride_x, weight, y + i * width * num_bytes(element), width, eps)
 
@@ -32,11 +33,11 @@ def _norm_rows(first, last, x, stride_x, weight, y, width, eps, element):
 @kernel
 def _norm_all(threads, num_rows, *row):
     for i in prange(threads):
-        _norm_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *row)
+        norm_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *row)
 
 
 @serial
-def _add_norm_rows(
+def add_norm_rows(
     first,
     last,
     num_rows,
@@ -78,8 +79,11 @@ def _add_norm_rows(
 @kernel
 def _add_norm_all(threads, num_rows, *row):
     for i in prange(threads):
-        first, last = share(i, threads, num_rows), share(i + 1, threads, num_rows)
-        _add_norm_rows(first, last, num_rows, *row)
+        add_norm_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *row)
+
+
+_NORM = Operation("norm", norm_rows, _norm_all)
+_ADD_NORM = Operation("add_norm", add_norm_rows, _add_norm_all)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -93,10 +97,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     p_weight = 0 if weight is None else weight.data_ptr()
     stride *= x.itemsize
     row = (x_TD.data_ptr(), stride, p_weight, y.data_ptr(), width, eps, element_of(x))
-    if num_rows * width <= FEW_VALUES:
-        _norm_rows(0, num_rows, *row)
-    else:
-        _norm_all(torch.get_num_threads(), num_rows, *row)
+    launch(_NORM, num_rows, num_rows * width <= FEW_VALUES, row)
     return y
 
 
@@ -140,8 +141,5 @@ def add_rms_norm(
         eps,
         element_of(x_TD),
     )
-    if num_rows * width <= FEW_VALUES:
-        _add_norm_rows(0, num_rows, *row)
-    else:
-        _add_norm_all(torch.get_num_threads(), *row)
+    launch(_ADD_NORM, num_rows, num_rows * width <= FEW_VALUES, row)
     return y_TD, z_NTD

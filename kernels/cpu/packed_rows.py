@@ -19,6 +19,7 @@ from bezel.kernels.cpu.lanes import (
     store,
     store_f32,
 )
+from bezel.kernels.cpu.rows import serial, share
 from bezel.kernels.cpu.tiles import TILE_BYTES
 
 
@@ -51,13 +52,13 @@ def _int4(weight, block, column, num_values, k):
     return np.float32(code) * load_scalar(F16, scales) - load_scalar(F16, scales + 2 * COLUMNS)
 
 
-@kernel
+@serial
 def unpack_rows(
-    weight, element, ids, w, block_bytes, values, y, element_bytes, num_rows, num_values, scale
+    first, last, weight, element, ids, w, block_bytes, values, y, element_bytes, num_values, scale
 ):
     """y[r] = scale · w[ids[r]]; `values` has room for the float32 values of all rows."""
     factor = splat(scale)
-    for row in prange(num_rows):
+    for row in range(first, last):
         token_id = load_i64(ids + 8 * row)
         block, column = w + token_id // COLUMNS * block_bytes, token_id % COLUMNS
         source, target = values + 4 * row * num_values, y + row * num_values * element_bytes
@@ -67,3 +68,9 @@ def unpack_rows(
             place = target + k * element_bytes
             store(element, place, load(F32, source + 4 * k))
             store(element, place, load(element, place) * factor)
+
+
+@kernel
+def unpack_all(threads, num_rows, *numbers):
+    for i in prange(threads):
+        unpack_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *numbers)

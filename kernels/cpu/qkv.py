@@ -10,6 +10,7 @@ from numba import prange
 from torch import Tensor
 
 from bezel.kernels.cpu.jit import device, kernel
+from bezel.kernels.cpu.launch import Operation, launch
 from bezel.kernels.cpu.lanes import F32, LANES, load, load_i64, splat, store
 from bezel.kernels.cpu.rows import (
     FEW_VALUES,
@@ -86,7 +87,7 @@ def _pack_key(element, x, half, eps, weight, cos, sin, num_pairs, y):
 
 
 @serial
-def _qkv_rows(
+def qkv_rows(
     first,
     last,
     qkv,
@@ -153,7 +154,7 @@ def _qkv_rows(
 @kernel
 def _qkv_all(threads, num_rows, *row):
     for i in prange(threads):
-        _qkv_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *row)
+        qkv_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *row)
 
 
 @serial
@@ -172,6 +173,10 @@ def _write_rows(
 def _write_all(threads, num_rows, *row):
     for i in prange(threads):
         _write_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *row)
+
+
+_QKV = Operation("qkv", qkv_rows, _qkv_all)
+_WRITE = Operation("write", _write_rows, _write_all)
 
 
 def rotate_and_store(
@@ -244,10 +249,7 @@ def rotate_and_store(
         shape.has_value_norm,
         element_of(qkv_TNK),
     )
-    if num_tokens * num_rows * head_dim <= FEW_VALUES:
-        _qkv_rows(0, num_tokens, *row)
-    else:
-        _qkv_all(torch.get_num_threads(), num_tokens, *row)
+    launch(_QKV, num_tokens, num_tokens * num_rows * head_dim <= FEW_VALUES, row)
     return q_THC, k_TGK, v_TGK
 
 
@@ -269,7 +271,4 @@ def write_kv(values_TGK: Tensor, cache_PBGK: Tensor, slot_mapping_T: Tensor) -> 
         width,
         element_of(values_TGK),
     )
-    if num_tokens * width <= FEW_VALUES:
-        _write_rows(0, num_tokens, *row)
-    else:
-        _write_all(torch.get_num_threads(), num_tokens, *row)
+    launch(_WRITE, num_tokens, num_tokens * width <= FEW_VALUES, row)

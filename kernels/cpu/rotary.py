@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from bezel.kernels.cpu.jit import kernel
+from bezel.kernels.cpu.launch import Operation, launch
 from bezel.kernels.cpu.lanes import (
     _FLOATS,
     _INTS,
@@ -75,7 +76,7 @@ def _sine(typing: Any, angles: Any, quarters: Any) -> Any:
 
 
 @serial
-def _table_rows(first, last, positions, frequencies, cos, sin, num_pairs):
+def table_rows(first, last, positions, frequencies, cos, sin, num_pairs):
     for t in range(first, last):
         position = splat(load_i64(positions + t * 8))
         for j in range(t * num_pairs * 4, (t + 1) * num_pairs * 4, LANES * 4):
@@ -87,7 +88,10 @@ def _table_rows(first, last, positions, frequencies, cos, sin, num_pairs):
 @kernel
 def _table_all(threads, num_rows, *row):
     for i in prange(threads):
-        _table_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *row)
+        table_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *row)
+
+
+_TABLE = Operation("rotary", table_rows, _table_all)
 
 
 def rotary_table(positions_T: Tensor, frequencies_J: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,8 +108,5 @@ def rotary_table(positions_T: Tensor, frequencies_J: Tensor) -> tuple[Tensor, Te
         sin_TJ.data_ptr(),
         num_pairs,
     )
-    if num_tokens * num_pairs <= _FEW:
-        _table_rows(0, num_tokens, *row)
-    else:
-        _table_all(torch.get_num_threads(), num_tokens, *row)
+    launch(_TABLE, num_tokens, num_tokens * num_pairs <= _FEW, row)
     return cos_TJ, sin_TJ

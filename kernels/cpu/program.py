@@ -1,0 +1,254 @@
+"""Recorded launches run as one kernel: a decode step without Python in between.
+
+    row of the table   [ code | rows | numbers … | counter ]         int64; floats by their bits
+
+All threads go through the table together. Each takes its share of a launch, then waits until the
+others are done with theirs. In one step that is some hundred waits of less than a microsecond, where
+Python takes ten for a launch, and a thread that went to sleep in between as long to wake up.
+"""
+
+import struct
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import prange, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from bezel.kernels.cpu.attention_split import Call
+from bezel.kernels.cpu.decode_attention import join_splits, plan_splits, work_in_program
+from bezel.kernels.cpu.gelu import gelu_rows
+from bezel.kernels.cpu.gemm import I4, multiply_tasks, quantize_rows
+from bezel.kernels.cpu.jit import device, kernel
+from bezel.kernels.cpu.lanes import BF16, I8, load_i64
+from bezel.kernels.cpu.launch import CannotRecord, Launch
+from bezel.kernels.cpu.norms import add_norm_rows, norm_rows
+from bezel.kernels.cpu.packed_rows import unpack_rows
+from bezel.kernels.cpu.qkv import qkv_rows
+from bezel.kernels.cpu.rotary import table_rows
+from bezel.kernels.cpu.rows import share
+
+WIDTH = 32  # int64 numbers of a row of the table
+_COUNTER = 8 * (WIDTH - 1)
+_SPINS = 2000  # looks at the barrier before others are let on this core
+_CODES = {
+    name: code
+    for code, name in enumerate(
+        (
+            "norm",
+            "add_norm",
+            "qkv",
+            "gelu",
+            "rotary",
+            "quantize",
+            "multiply_bfloat16",
+            "multiply_int8",
+            "multiply_int4",
+            "unpack_bfloat16",
+            "unpack_int8",
+            "unpack_int4",
+            "plan_attention",
+            "attend",
+            "join_attention",
+        )
+    )
+}
+
+
+@intrinsic
+def _f(typing, address, index):
+    """Number `index` of a launch as float64."""
+
+    def generate(context, builder, signature, arguments):
+        place = builder.add(arguments[0], builder.mul(arguments[1], ir.Constant(ir.IntType(64), 8)))
+        return builder.load(builder.inttoptr(place, ir.DoubleType().as_pointer()))
+
+    return types.float64(address, index), generate
+
+
+@device
+def _i(address, index):
+    return load_i64(address + 8 * index)
+
+
+@intrinsic
+def _store_i64(typing, address, value):
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.store(arguments[1], pointer)
+        return context.get_dummy_value()
+
+    return types.void(address, types.int64), generate
+
+
+@intrinsic
+def _arrive(typing, address):
+    """Count this thread in; what it has written is seen by whoever sees the count."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "acq_rel")
+        return context.get_dummy_value()
+
+    return types.void(address), generate
+
+
+@intrinsic
+def _count(typing, address):
+    """How many have come."""
+
+    def generate(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(address), generate
+
+
+@intrinsic
+def _yield_core(typing):
+    """Let another thread run here: without it, whoever is waited for might not."""
+
+    def generate(context, builder, signature, arguments):
+        if sys.platform != "win32":
+            function = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.IntType(32), []), "sched_yield"
+            )
+            builder.call(function, [])
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@device
+def _wait(barrier, wanted):
+    spins = 0
+    while _count(barrier) < wanted:
+        spins += 1
+        if spins >= _SPINS:
+            _yield_core()
+
+
+@device
+def _multiply(weight, p, counter):
+    multiply_tasks(
+        counter, weight, BF16, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), _i(p, 6),
+        _i(p, 7), _i(p, 8), _i(p, 9), _i(p, 10), _i(p, 11), _i(p, 12), _i(p, 13),
+    )  # fmt: skip
+
+
+@device
+def _unpack(weight, first, last, p):
+    unpack_rows(
+        first, last, weight, BF16, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5),
+        _i(p, 6), _f(p, 7),
+    )  # fmt: skip
+
+
+@device
+def _call(p):
+    return Call(
+        _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), _i(p, 6), _i(p, 7), _i(p, 8),
+        _i(p, 9), _i(p, 10), _i(p, 11), _i(p, 12), _i(p, 13), _i(p, 14), _i(p, 15), _i(p, 16),
+        _i(p, 17), _i(p, 18), _i(p, 19), _f(p, 20),
+    )  # fmt: skip
+
+
+@device
+def _run_row(code, i_thread, threads, first, last, p, counter):
+    """A thread's share of one launch, whose numbers begin at `p`."""
+    if code == 0:
+        norm_rows(first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _f(p, 5), BF16)
+    elif code == 1:
+        add_norm_rows(
+            first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), _f(p, 6),
+            _i(p, 7), _i(p, 8), _i(p, 9), _i(p, 10), _i(p, 11), _i(p, 12), _f(p, 13), BF16,
+        )  # fmt: skip
+    elif code == 2:
+        qkv_rows(
+            first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), _f(p, 6),
+            _i(p, 7), _i(p, 8), _i(p, 9), _i(p, 10), _i(p, 11), _i(p, 12), _i(p, 13), _i(p, 14),
+            _i(p, 15), _i(p, 16), _i(p, 17), _i(p, 18), _i(p, 19), _i(p, 20) != 0, _i(p, 21) != 0,
+            _i(p, 22) != 0, BF16,
+        )  # fmt: skip
+    elif code == 3:
+        gelu_rows(
+            first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), BF16
+        )  # fmt: skip
+    elif code == 4:
+        table_rows(first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4))
+    elif code == 5:
+        quantize_rows(
+            first, last, BF16, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5) != 0,
+            _i(p, 6),
+        )  # fmt: skip
+    elif code == 6:
+        _multiply(BF16, p, counter)
+    elif code == 7:
+        _multiply(I8, p, counter)
+    elif code == 8:
+        _multiply(I4, p, counter)
+    elif code == 9:
+        _unpack(BF16, first, last, p)
+    elif code == 10:
+        _unpack(I8, first, last, p)
+    elif code == 11:
+        _unpack(I4, first, last, p)
+    elif code == 12:
+        if first < last:
+            plan_splits(_call(p + 24))
+    elif code == 13:
+        work_in_program(
+            BF16, _call(p + 24), _i(p, 0), _i(p, 1), counter, _i(p, 2), i_thread
+        )  # fmt: skip
+    elif code == 14:
+        join_splits(BF16, _call(p + 24), first, last, _i(p, 2))
+
+
+@kernel
+def _run(table, num_launches, barrier, threads):
+    for i in range(num_launches):
+        _store_i64(table + 8 * WIDTH * i + _COUNTER, 0)
+    _store_i64(barrier, 0)
+    for i_thread in prange(threads):
+        for i in range(num_launches):
+            row = table + 8 * WIDTH * i
+            num_rows = _i(row, 1)
+            first = share(i_thread, threads, num_rows)
+            last = share(i_thread + 1, threads, num_rows)
+            _run_row(_i(row, 0), i_thread, threads, first, last, row + 16, row + _COUNTER)
+            _arrive(barrier)
+            _wait(barrier, threads * (i + 1))
+
+
+class Program:
+    """The launches of a recorded step; `run` computes it anew.
+
+    Raises:
+        CannotRecord: from the constructor, if there is a launch that programs can't have.
+    """
+
+    def __init__(self, launches: Sequence[Launch]) -> None:
+        rows = np.zeros((len(launches) + 1, WIDTH), np.int64)
+        for row, launch in zip(rows, launches, strict=False):
+            numbers = [_bits(x) for x in launch.numbers if not isinstance(x, np.generic)]
+            tags = {type(x) for x in launch.numbers if isinstance(x, np.generic)}
+            if launch.name not in _CODES or not tags <= {np.uint16, np.int8, np.uint8}:
+                raise CannotRecord(launch.name)
+            row[: 2 + len(numbers)] = [_CODES[launch.name], launch.num_rows, *numbers]
+        self._rows = rows  # the last one is the barrier
+        self._num_launches = len(launches)
+
+    def run(self) -> None:
+        table = self._rows.ctypes.data
+        barrier = table + 8 * WIDTH * self._num_launches
+        _run(table, self._num_launches, barrier, torch.get_num_threads())
+
+
+def _bits(number: float) -> int:
+    if isinstance(number, float):
+        bits: int = struct.unpack("q", struct.pack("d", number))[0]
+        return bits
+    return int(number)
