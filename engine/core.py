@@ -50,7 +50,7 @@ class Engine:
         vocab_size = self.runner.model_config.vocab_size
         suppressed = self.checkpoint.generation_config.get("suppress_tokens") or []
         self.sampler = Sampler(suppressed, vocab_size)
-        if is_gpu:
+        if is_gpu or self.runner.decode_programs is not None:
             warm_up_sampling(self.sampler, self.runner.layout, vocab_size, self.runner.device)
         self._eos_token_ids = frozenset(
             token_id for token_id in eos_token_ids(self.checkpoint) if token_id < vocab_size

@@ -7,10 +7,12 @@ comes up. All read the same static inputs and compute in the same arena, as one 
 import logging
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from bezel.engine.batch import Batch, global_tables, pack, row_arrays, unpack
+from bezel.engine.batch import ALIGNMENT, Batch, Ints, global_tables, pack, row_arrays, unpack
+from bezel.engine.decode_graphs import IDLE
 from bezel.engine.kv_layout import KVLayout
 from bezel.engine.scheduler import ScheduledStep
 from bezel.kernels.cpu.launch import Arena, CannotRecord, Recording
@@ -36,7 +38,7 @@ class DecodePrograms:
         self._table_SP = torch.zeros(
             max_num_seqs, layout.num_global_pages(max_model_len), dtype=torch.int64
         )
-        self._packed = torch.zeros(max_num_seqs * (layout.ring_size + 21), dtype=torch.int64)
+        self._packed = torch.zeros(max_num_seqs * (layout.ring_size + 5) + 6 * ALIGNMENT, dtype=torch.int64)
         self._programs: dict[int, tuple[Program, Tensor] | None] = {}
 
     def takes(self, step: ScheduledStep) -> bool:
@@ -49,9 +51,16 @@ class DecodePrograms:
     def run(self, step: ScheduledStep) -> Tensor | None:
         """Hidden states of the step's sequences, valid until the next call; None if the step turns
         out not to be recordable."""
-        num_seqs = len(step.sequences)
-        arrays = row_arrays(step.sequences, self._layout)
-        packed, table_SP = pack(arrays), global_tables(step.sequences)
+        return self._run(row_arrays(step.sequences, self._layout), global_tables(step.sequences))
+
+    def warm_up(self) -> None:
+        """Record and run the step of one sequence that is idle."""
+        ring = np.zeros((1, self._layout.ring_size), dtype=np.int64)
+        numbers = [np.asarray([number]) for number in IDLE[:-1]]
+        self._run([*numbers, ring], np.zeros((1, 1), dtype=np.int64))
+
+    def _run(self, arrays: list[Ints], table_SP: Ints) -> Tensor | None:
+        packed, num_seqs = pack(arrays), len(table_SP)
         self._packed[: packed.size] = torch.from_numpy(packed)
         self._table_SP[:num_seqs, : table_SP.shape[1]] = torch.from_numpy(table_SP)
         if num_seqs not in self._programs:

@@ -27,6 +27,8 @@ from bezel.engine.scheduler import ScheduledStep
 from bezel.engine.warm_up import warm_up_model
 from bezel.engine.weights import load_weights, text_name
 from bezel.kernels.cpu.jit import set_num_threads
+from bezel.kernels.cpu.program import threads_run_together
+from bezel.kernels.cpu.rows import FEW_VALUES
 from bezel.kernels.packed import Int4Values, WeightFormat
 
 logger = logging.getLogger("bezel")
@@ -68,10 +70,8 @@ class ModelRunner:
         self.decode_programs: DecodePrograms | None = None
         if self.device.type == "cuda":
             self._warm_up(config)
-        elif not config.enforce_eager and self.dtype == torch.bfloat16:
-            self.decode_programs = DecodePrograms(
-                self._hidden, self.layout, config.max_num_seqs, self.max_model_len
-            )
+        else:
+            self._warm_up_cpu(config)
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep) -> tuple[Tensor, PromptLogprobs | None]:
@@ -109,6 +109,22 @@ class ModelRunner:
                 self.max_model_len,
                 self.device,
             )
+        logger.info("warmed up in %.1f s", time.monotonic() - started)
+
+    @torch.inference_mode()
+    def _warm_up_cpu(self, config: EngineConfig) -> None:
+        """Compile the kernels, of steps with little and with more to do, unless they are on disk."""
+        started = time.monotonic()
+        for num_tokens in (2, FEW_VALUES // self.model_config.hidden_size + 1):
+            num_tokens = min(num_tokens, config.max_num_batched_tokens, self.max_model_len)
+            batch = Batch.idle_chunk(num_tokens, self.layout, self.device)
+            self._logits(self._hidden(batch)[:1])
+        is_recordable = self.dtype == torch.bfloat16 and not config.enforce_eager
+        if is_recordable and threads_run_together():
+            self.decode_programs = DecodePrograms(
+                self._hidden, self.layout, config.max_num_seqs, self.max_model_len
+            )
+            self.decode_programs.warm_up()
         logger.info("warmed up in %.1f s", time.monotonic() - started)
 
     def _hidden(self, batch: Batch) -> Tensor:

@@ -223,6 +223,28 @@ def _run(table, num_launches, barrier, threads):
             _wait(barrier, threads * (i + 1))
 
 
+@kernel
+def _meet(barrier, missed, threads):
+    """Let all threads wait for each other, but not forever."""
+    for i_thread in prange(threads):
+        _arrive(barrier)
+        spins = 0
+        while _count(barrier) < threads and spins < 1 << 22:
+            spins += 1
+            if spins >= _SPINS:
+                _yield_core()
+        if spins == 1 << 22:
+            _arrive(missed)
+
+
+def threads_run_together() -> bool:
+    """Whether there are as many threads as programs count on: a library of threads that was told
+    to use fewer would have them wait for ones that never come."""
+    counts = np.zeros(2, np.int64)
+    _meet(counts.ctypes.data, counts.ctypes.data + 8, torch.get_num_threads())
+    return bool(counts[1] == 0)
+
+
 class Program:
     """The launches of a recorded step; `run` computes it anew.
 
