@@ -38,7 +38,8 @@ class DecodePrograms:
         self._table_SP = torch.zeros(
             max_num_seqs, layout.num_global_pages(max_model_len), dtype=torch.int64
         )
-        self._packed = torch.zeros(max_num_seqs * (layout.ring_size + 5) + 6 * ALIGNMENT, dtype=torch.int64)
+        num_packed = max_num_seqs * (layout.ring_size + 5) + 6 * ALIGNMENT
+        self._packed = torch.zeros(num_packed, dtype=torch.int64)
         self._programs: dict[int, tuple[Program, Tensor] | None] = {}
 
     def takes(self, step: ScheduledStep) -> bool:

@@ -12,8 +12,8 @@ from bezel.engine.batch import Batch
 from bezel.engine.checkpoint import Checkpoint, iterate_tensors, num_tensors
 from bezel.engine.config import EngineConfig
 from bezel.engine.cpu_threads import num_threads
-from bezel.engine.decode_programs import DecodePrograms
 from bezel.engine.decode_graphs import DecodeGraphs, capture_sizes
+from bezel.engine.decode_programs import DecodePrograms
 from bezel.engine.errors import ConfigError
 from bezel.engine.kv_cache import KVCache
 from bezel.engine.kv_layout import KVLayout
@@ -113,7 +113,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def _warm_up_cpu(self, config: EngineConfig) -> None:
-        """Compile the kernels, of steps with little and with more to do, unless they are on disk."""
+        """Compile the kernels of small and of larger steps, if they aren't on disk, and record."""
         started = time.monotonic()
         for num_tokens in (2, FEW_VALUES // self.model_config.hidden_size + 1):
             num_tokens = min(num_tokens, config.max_num_batched_tokens, self.max_model_len)

@@ -3,8 +3,8 @@
     linear:            y[t, n] = Σ_k x[t, k] · w[n, k]
     packed_embedding:  y[t] = scale · w[token_ids[t]]
 
-With INT8 weights each row of x is rounded to int8 with one scale, with INT4 weights each 32 values of
-it: `quantize_activations`. All else is exact integers, or float32. Sums of packed weights don't
+With INT8 weights each row of x is rounded to int8 with one scale, with INT4 weights each 32 values
+of it: `quantize_activations`. All else is exact integers, or float32. Sums of packed weights don't
 depend on the number of rows.
 
 T tokens   N outputs   K inputs
@@ -26,7 +26,8 @@ def quantize_activations(x_TK: Tensor, format: WeightFormat) -> Tensor:
     parts = x_TK.float().unflatten(1, (-1, GROUP if format is WeightFormat.INT4 else x_TK.shape[1]))
     factor = parts.abs().amax(2, keepdim=True) / 127
     codes = (parts * torch.where(factor > 0, 1 / factor, 0)).round_()
-    return (codes * factor).flatten(1)
+    rounded: Tensor = codes * factor
+    return rounded.flatten(1)
 
 
 def packed_linear_reference(x_TK: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:

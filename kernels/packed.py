@@ -4,8 +4,8 @@
     INT8       w ≈ scale[n] · code, −127 … 127                                       1 byte
     INT4       w ≈ scale[n, g] · code − minimum[n, g], 0 … 15, groups of 32 k        5 bits
 
-64 rows of w form a block, and the same four bytes of all 64 stand together, which is what the kernel
-in `cpu/gemm.py` reads at a time.
+64 rows of w form a block, and the same four bytes of all 64 stand together, which is what the
+kernel in `cpu/gemm.py` reads at a time.
 
 N outputs   K inputs   B blocks of 64 outputs   W words of four bytes   G groups
 """
@@ -71,7 +71,8 @@ class Int4Values:
     def values(self) -> Tensor:
         """Float32, in the shape of the codes."""
         codes = self.codes.unflatten(-1, (-1, GROUP))
-        return (codes * self.scale[..., None] - self.minimum[..., None]).flatten(-2)
+        values: Tensor = codes * self.scale[..., None] - self.minimum[..., None]
+        return values.flatten(-2)
 
 
 def packed_bytes(num_outputs: int, num_inputs: int, format: WeightFormat) -> int:
@@ -103,7 +104,8 @@ def pack_weight(weight_NK: Tensor | Int4Values, format: WeightFormat) -> PackedW
     assert num_inputs % format.granularity == 0
     pack_rows = _pack_bfloat16 if format is WeightFormat.BFLOAT16 else _pack_int8
     rows = max(COLUMNS, _VALUES_AT_ONCE // num_inputs // COLUMNS * COLUMNS)
-    data = torch.empty(_num_blocks(num_outputs), _block_bytes(num_inputs, format), dtype=torch.uint8)
+    shape = (_num_blocks(num_outputs), _block_bytes(num_inputs, format))
+    data = torch.empty(shape, dtype=torch.uint8)
     for first in range(0, num_outputs, rows):
         blocks = pack_rows(_padded(weight_NK[first : first + rows]))
         data[first // COLUMNS :][: len(blocks)] = blocks

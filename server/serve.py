@@ -152,10 +152,10 @@ async def _run(config: ServerConfig, sock: socket.socket) -> None:
         finally:
             was_loading = loading.cancel()
             await asyncio.gather(loading, return_exceptions=True)
+            if state.model is not None:
+                state.model.grammars.close()
     finally:
         await engine.shutdown()
-    if state.model is not None:
-        state.model.grammars.close()
     if was_loading:
         # A download in a thread can't be stopped, and Python would wait for it.
         logging.shutdown()

@@ -65,12 +65,16 @@ class Experts(nn.Module):
 
         Where the dense MLP takes part in the experts' launch its parts are further rows of y_TXD.
         """
-        weights = (self.gate_up_proj, self.down_proj)
-        if isinstance(self.gate_up_proj, PackedWeight) and isinstance(self.down_proj, PackedWeight):
-            return packed_moe_mlp(routed_TD, chosen_TA, *weights), mlp(dense_TD)
+        gate_up, down = self.gate_up_proj, self.down_proj
+        if isinstance(gate_up, PackedWeight) and isinstance(down, PackedWeight):
+            return packed_moe_mlp(routed_TD, chosen_TA, gate_up, down), mlp(dense_TD)
+        assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
+        weights = (gate_up, down)
         if self._takes(mlp, routed_TD):
-            dense_weights = (mlp.gate_up_proj.weight, mlp.down_proj.weight)
-            return moe_mlp(routed_TD, dense_TD, chosen_TA, *weights, *dense_weights), None
+            dense_gate_up, dense_down = mlp.gate_up_proj.weight, mlp.down_proj.weight
+            assert isinstance(dense_gate_up, Tensor) and isinstance(dense_down, Tensor)
+            dense = (dense_gate_up, dense_down)
+            return moe_mlp(routed_TD, dense_TD, chosen_TA, *weights, *dense), None
         return moe_mlp(routed_TD, None, chosen_TA, *weights, None, None), mlp(dense_TD)
 
     def _takes(self, mlp: GatedMLP, x_TD: Tensor) -> bool:

@@ -16,8 +16,9 @@ from bezel.engine.layers.embedding import ScaledEmbedding
 from bezel.engine.layers.linear import Linear
 from bezel.engine.layers.norm import RMSNorm
 from bezel.engine.model_config import AttentionConfig, ModelConfig
+from bezel.kernels.cpu.linear import Scratch
 from bezel.kernels.embedding import embed_and_norm
-from bezel.kernels.linear import Scratch, linear
+from bezel.kernels.linear import linear
 from bezel.kernels.logits import softcap
 from bezel.kernels.packed import PackedWeight
 from bezel.kernels.rotary import rotary_frequencies, rotary_table

@@ -44,7 +44,7 @@ _LANES = Tile(is_float=True)
 _NO_LESS_THAN = np.float32(-3.4028234663852886e38)  # −∞ is never listed, and may be very frequent
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def larger(typing: Any, lanes: Any, than: Any) -> Any:
     """The larger of two float lanes; the second where the first is NaN."""
 
@@ -54,7 +54,7 @@ def larger(typing: Any, lanes: Any, than: Any) -> Any:
     return _LANES(lanes, than), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def at_least(typing: Any, lanes: Any, floor: Any) -> Any:
     """Bit i of an int64 says whether lane i is not below that of `floor`."""
 

@@ -5,8 +5,8 @@ from numba import prange
 from torch import Tensor
 
 from bezel.kernels.cpu.jit import device, kernel
-from bezel.kernels.cpu.launch import Operation, launch
 from bezel.kernels.cpu.lanes import LANES, exp2, load, splat, store
+from bezel.kernels.cpu.launch import Operation, launch
 from bezel.kernels.cpu.rows import element_of, num_bytes, serial, share
 
 # Values that one thread has done before the others have started: each costs a power of two.

@@ -87,15 +87,13 @@ def _multiply_int8(
         sums = dot_int8(sums, w + TILE_BYTES * k, x + 4 * k, x_pitch)
     sums = subtract_rows(sums, factors + 4, factor_pitch)
     scales = w + TILE_BYTES * num_words
-    store_tile(
-        element, y, y_pitch, add_scaled(tile, sums, F32, scales, factors, factor_pitch)
-    )
+    store_tile(element, y, y_pitch, add_scaled(tile, sums, F32, scales, factors, factor_pitch))
 
 
 def _multiply_int4(
     weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch
 ):
-    for group in range(num_words // 4):
+    for _ in range(num_words // 4):
         sums = zero_sums(tile)
         for k in range(4):
             sums = dot_int4(sums, w + TILE_BYTES * k, x + 8 * k, x_pitch)

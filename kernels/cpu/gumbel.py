@@ -44,7 +44,7 @@ def _mixed(builder: Any, bits: Any) -> Any:
     return bits
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def noise_bits(typing: Any, token: Any, key: Any) -> Any:
     """23 bits for each of 16 tokens from `token` on, as int lanes; token and key are int64."""
 
@@ -59,7 +59,7 @@ def noise_bits(typing: Any, token: Any, key: Any) -> Any:
     return _INT_LANES(token, key), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def more_bits(typing: Any, left: Any, right: Any) -> Any:
     """The larger of two int lanes."""
 
@@ -69,7 +69,7 @@ def more_bits(typing: Any, left: Any, right: Any) -> Any:
     return _INT_LANES(left, right), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def most_bits(typing: Any, lanes: Any) -> Any:
     """The largest of int lanes, as int64."""
 
@@ -82,7 +82,7 @@ def most_bits(typing: Any, lanes: Any) -> Any:
     return types.int64(lanes), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def bits_of_lane(typing: Any, lanes: Any, lane: Any) -> Any:
     """One of int lanes, as int64."""
 

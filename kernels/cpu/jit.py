@@ -1,8 +1,8 @@
-"""How kernels for CPUs are compiled, where the machine code is kept, and on how many threads they run.
+"""How kernels for CPUs are compiled, where machine code is kept, on how many threads it runs.
 
-Numba compiles a kernel when it is first called with new types, which takes about a second, and keeps
-the result on disk for every later process. The folder's name is a digest of these sources: code is
-never taken for that of another version.
+Numba compiles a kernel when it is first called with new types, which takes a second or several, and
+keeps the result on disk for every later process. The folder's name is a digest of these sources:
+code is never taken for that of another version.
 """
 
 import hashlib

@@ -41,7 +41,7 @@ def has_feature(name: str) -> bool:
     return bool(binding.get_host_cpu_features().get(name, False))
 
 
-class _BFloat(ir.Type):
+class _BFloat(ir.Type):  # type: ignore[misc]
     """LLVM's bfloat, which llvmlite doesn't name."""
 
     intrinsic_name = "bf16"
@@ -112,9 +112,7 @@ def _splat(builder: Any, scalar: Any, kind: ir.VectorType) -> Any:
 
 def _call(builder: Any, name: str, result: ir.Type, *arguments: Any) -> Any:
     kinds = [argument.type for argument in arguments]
-    function = cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(result, kinds), name
-    )
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(result, kinds), name)
     return builder.call(function, arguments)
 
 
@@ -123,7 +121,7 @@ def _stored_kind(element: types.Type) -> ir.Type:
     return kinds.get(element, _I8)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def load(typing: Any, element: Any, address: Any) -> Any:
     """16 neighbouring elements as float lanes."""
     kind = _stored_kind(element)
@@ -143,7 +141,7 @@ def load(typing: Any, element: Any, address: Any) -> Any:
     return _LANES(element, address), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def store(typing: Any, element: Any, address: Any, lanes: Any) -> Any:
     """Round float lanes to 16 neighbouring elements: to nearest, ties to even."""
     kind = _stored_kind(element)
@@ -162,7 +160,7 @@ def store(typing: Any, element: Any, address: Any, lanes: Any) -> Any:
     return types.void(element, address, lanes), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def load_scalar(typing: Any, element: Any, address: Any) -> Any:
     """One element as float32."""
     kind = _stored_kind(element)
@@ -179,7 +177,7 @@ def load_scalar(typing: Any, element: Any, address: Any) -> Any:
     return types.float32(element, address), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def load_i64(typing: Any, address: Any) -> Any:
     """The int64 at an address."""
 
@@ -189,7 +187,7 @@ def load_i64(typing: Any, address: Any) -> Any:
     return types.int64(address), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def load_i32(typing: Any, address: Any) -> Any:
     """The int32 at an address."""
 
@@ -199,7 +197,7 @@ def load_i32(typing: Any, address: Any) -> Any:
     return types.int64(address), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def store_f32(typing: Any, address: Any, value: Any) -> Any:
     """Store one float32."""
 
@@ -213,7 +211,7 @@ def store_f32(typing: Any, address: Any, value: Any) -> Any:
     return types.void(address, value), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def store_i32(typing: Any, address: Any, value: Any) -> Any:
     """Store one int32."""
 
@@ -225,7 +223,7 @@ def store_i32(typing: Any, address: Any, value: Any) -> Any:
     return types.void(address, value), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def take_next(typing: Any, address: Any) -> Any:
     """Read the int64 at an address and add one to it, as one step even beside other threads."""
 
@@ -236,7 +234,7 @@ def take_next(typing: Any, address: Any) -> Any:
     return types.int64(address), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def splat(typing: Any, value: Any) -> Any:
     """A number in all lanes of a float vector."""
 
@@ -250,7 +248,7 @@ def splat(typing: Any, value: Any) -> Any:
 def _arithmetic(name: str) -> Any:
     """An operation on two float lanes; a product and a sum may become one instruction."""
 
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def operation(typing: Any, left: Any, right: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             return getattr(builder, name)(*arguments, flags=("contract",))
@@ -263,7 +261,7 @@ def _arithmetic(name: str) -> Any:
 def _define(function: Callable[..., Any], name: str) -> None:
     operation = _arithmetic(name)
 
-    @overload(function)  # type: ignore[misc]
+    @overload(function)
     def lanes_operator(left, right):
         if left == _LANES and right == _LANES:
             return lambda left, right: operation(left, right)
@@ -279,7 +277,7 @@ for _operator, _name in (
     _define(_operator, _name)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def maximum(typing: Any, left: Any, right: Any) -> Any:
     """The larger of two float lanes."""
 
@@ -289,7 +287,7 @@ def maximum(typing: Any, left: Any, right: Any) -> Any:
     return _LANES(left, right), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def magnitude(typing: Any, lanes: Any) -> Any:
     """Absolute values."""
 
@@ -300,7 +298,7 @@ def magnitude(typing: Any, lanes: Any) -> Any:
 
 
 def _reduction(name: str, start: float | None) -> Any:
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def reduce(typing: Any, lanes: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             first = [] if start is None else [ir.Constant(_F32, start)]
@@ -317,7 +315,7 @@ lane_sum = _reduction("fadd", 0.0)
 lane_max = _reduction("fmax", None)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def exp2(typing: Any, lanes: Any) -> Any:
     """2ˣ, to 3e-7 of its value; below x = −126 it stays 2⁻¹²⁶, above 127 it stays 2¹²⁷."""
 

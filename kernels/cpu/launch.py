@@ -6,8 +6,8 @@ the norms of some rows; otherwise a kernel gives each thread its share.
 
 While a `Recording` is active nothing is computed. Each operation is written down with its numbers
 instead, and memory comes from an arena that goes on to belong to the program. What a recorded step
-computes may depend on values in memory, never on anything that Python would have to look at: torch's
-own operations, other than views, end the recording.
+computes may depend on values in memory, never on anything that Python would have to look at:
+torch's own operations, other than views, end the recording.
 """
 
 import ctypes
@@ -67,9 +67,7 @@ class Launch:
 _RECORDING: "ContextVar[Recording | None]" = ContextVar("_RECORDING", default=None)
 
 
-def launch(
-    operation: Operation, num_rows: int, is_little: bool, numbers: tuple[Any, ...]
-) -> None:
+def launch(operation: Operation, num_rows: int, is_little: bool, numbers: tuple[Any, ...]) -> None:
     """Run an operation on its rows, or write it down."""
     recording = _RECORDING.get()
     if recording is not None:
@@ -88,7 +86,7 @@ class Arena:
     """Memory of recorded steps, of which only one runs at a time.
 
     Like an allocator it gives out again what has been released, by address, first fit; `reset`
-    starts over for another step. What was given out before stays valid for the steps recorded with it.
+    starts over for another step. What was given out before stays with the steps recorded by then.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -148,9 +146,7 @@ class Recording(TorchDispatchMode):
         super().__exit__(*error)
         _RECORDING.reset(self._tokens.pop())
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _ALLOCATIONS:
             return self._allocate(func(*args, **{**(kwargs or {}), "device": "meta"}))
         if func in _VIEWS:

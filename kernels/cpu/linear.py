@@ -122,7 +122,7 @@ def packed_embedding_cpu(
 def packed_groups_cpu(
     x_TK: Tensor, rows_R: Tensor, groups_M3: Tensor, weights: PackedWeight, dtype: torch.dtype
 ) -> Tensor:
-    """Row r of y_RN is x[rows[r]] times the matrix of its group: (matrix, first row, end), int64."""
+    """Row r of y_RN is x[rows[r]] times the matrix of its group: (matrix, first, end), int64."""
     num_inputs = x_TK.shape[1]
     rows_TK, factors = _rows_of(x_TK, weights.format)
     rows_RK = rows_TK.index_select(0, rows_R)

@@ -143,4 +143,5 @@ def logprobs(logits_NV: Tensor, token_ids_N: Tensor, num_top: int) -> tuple[Tens
         top_id_NM,
         row_threads,
     )
-    return tuple(map(torch.from_numpy, (chosen_N, top_value_NM, top_id_NM)))
+    chosen, top_value, top_id = map(torch.from_numpy, (chosen_N, top_value_NM, top_id_NM))
+    return chosen, top_value, top_id

@@ -5,8 +5,8 @@ from numba import prange
 from torch import Tensor
 
 from bezel.kernels.cpu.jit import device, kernel
-from bezel.kernels.cpu.launch import Operation, launch
 from bezel.kernels.cpu.lanes import F32, LANES, load, splat, store
+from bezel.kernels.cpu.launch import Operation, launch
 from bezel.kernels.cpu.rows import FEW_VALUES, element_of, inverse_rms, num_bytes, serial, share
 
 

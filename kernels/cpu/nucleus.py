@@ -39,7 +39,7 @@ _LOG2_E = np.float32(math.log2(math.e))
 _INT_LANES = Tile(is_float=False)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _buckets(typing: Any, places: Any) -> Any:
     """Float lanes from 0 on, rounded down to int lanes, at most the last bucket."""
 
@@ -54,7 +54,7 @@ def _buckets(typing: Any, places: Any) -> Any:
     return _INT_LANES(places), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _add_to_buckets(typing: Any, address: Any, buckets: Any, masses: Any) -> Any:
     """Add 16 masses to the float32 sums at an address."""
 
@@ -75,7 +75,7 @@ def _add_to_buckets(typing: Any, address: Any, buckets: Any, masses: Any) -> Any
     return types.void(address, buckets, masses), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _is_in(typing: Any, buckets: Any, bucket: Any) -> Any:
     """Bit i of an int64 says whether lane i is `bucket`, an int64."""
 

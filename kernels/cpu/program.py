@@ -3,8 +3,8 @@
     row of the table   [ code | rows | numbers … | counter ]         int64; floats by their bits
 
 All threads go through the table together. Each takes its share of a launch, then waits until the
-others are done with theirs. In one step that is some hundred waits of less than a microsecond, where
-Python takes ten for a launch, and a thread that went to sleep in between as long to wake up.
+others are done with theirs. In one step that is some hundred waits of less than a microsecond,
+where Python takes ten for a launch, and a thread that went to sleep in between as long to wake up.
 """
 
 import struct
@@ -226,7 +226,7 @@ def _run(table, num_launches, barrier, threads):
 @kernel
 def _meet(barrier, missed, threads):
     """Let all threads wait for each other, but not forever."""
-    for i_thread in prange(threads):
+    for _ in prange(threads):
         _arrive(barrier)
         spins = 0
         while _count(barrier) < threads and spins < 1 << 22:

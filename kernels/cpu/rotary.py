@@ -14,7 +14,6 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from bezel.kernels.cpu.jit import kernel
-from bezel.kernels.cpu.launch import Operation, launch
 from bezel.kernels.cpu.lanes import (
     _FLOATS,
     _INTS,
@@ -27,6 +26,7 @@ from bezel.kernels.cpu.lanes import (
     splat,
     store,
 )
+from bezel.kernels.cpu.launch import Operation, launch
 from bezel.kernels.cpu.rows import serial, share
 
 # Angles that one thread is done with before the others have started.

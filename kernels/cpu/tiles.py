@@ -94,7 +94,7 @@ def _pair_products(builder: Any, left: Any, right: Any) -> Any:
     return builder.add(*parts)
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[misc]
+@intrinsic(prefer_literal=True)
 def zero_tile(typing: Any, num_rows: Any) -> Any:
     """A float tile of a constant number of rows."""
     if not isinstance(num_rows, types.IntegerLiteral):
@@ -107,7 +107,7 @@ def zero_tile(typing: Any, num_rows: Any) -> Any:
     return tile(num_rows), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def zero_sums(typing: Any, tile: Any) -> Any:
     """An integer tile of the same size."""
     sums = Tile(False, tile.num_rows, tile.num_columns)
@@ -131,7 +131,7 @@ def _add_products(
 
 
 def _dot(product: Any) -> Any:
-    @intrinsic  # type: ignore[misc]
+    @intrinsic
     def dot(typing: Any, sums: Any, w: Any, x: Any, x_pitch: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             sums_, w_, x_, pitch = arguments
@@ -147,7 +147,7 @@ dot_bf16 = _dot(_dot_bfloat)
 dot_int8 = _dot(_dot_bytes)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def dot_int4(typing: Any, sums: Any, w: Any, x: Any, x_pitch: Any) -> Any:
     """Two words of x: the first against the low halves of w's bytes, the second the high ones."""
 
@@ -182,7 +182,7 @@ def _row_value(builder: Any, address: Any, pitch: Any, row: int) -> Any:
     return vector._splat(builder, value, vector._FLOATS)
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def add_scaled(
     typing: Any, tile: Any, sums: Any, element: Any, scales: Any, factors: Any, pitch: Any
 ) -> Any:
@@ -198,16 +198,14 @@ def add_scaled(
                 value = builder.sitofp(builder.extract_value(sums_, place), vector._FLOATS)
                 scaled = builder.fmul(value, scale)
                 old = builder.extract_value(tile_, place)
-                new = vector._call(
-                    builder, "llvm.fma.v16f32", vector._FLOATS, scaled, factor, old
-                )
+                new = vector._call(builder, "llvm.fma.v16f32", vector._FLOATS, scaled, factor, old)
                 tile_ = builder.insert_value(tile_, new, place)
         return tile_
 
     return tile(tile, sums, element, scales, factors, pitch), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def subtract_outer(
     typing: Any, tile: Any, element: Any, columns: Any, factors: Any, pitch: Any
 ) -> Any:
@@ -221,16 +219,14 @@ def subtract_outer(
             for column, value in enumerate(values):
                 place = row * NUM_COLUMNS + column
                 old = builder.extract_value(tile_, place)
-                new = vector._call(
-                    builder, "llvm.fma.v16f32", vector._FLOATS, value, factor, old
-                )
+                new = vector._call(builder, "llvm.fma.v16f32", vector._FLOATS, value, factor, old)
                 tile_ = builder.insert_value(tile_, new, place)
         return tile_
 
     return tile(tile, element, columns, factors, pitch), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def subtract_rows(typing: Any, sums: Any, rows: Any, pitch: Any) -> Any:
     """sums[r, c] − rows[r], int32."""
 
@@ -247,7 +243,7 @@ def subtract_rows(typing: Any, sums: Any, rows: Any, pitch: Any) -> Any:
     return sums(sums, rows, pitch), generate
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def store_tile(typing: Any, element: Any, y: Any, y_pitch: Any, tile: Any) -> Any:
     """Round a tile to its rows of 64 elements, `y_pitch` bytes apart."""
     kind = vector._stored_kind(element)

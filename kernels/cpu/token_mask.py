@@ -19,7 +19,7 @@ _FLOATS = Tile(is_float=True).lanes
 _SMALL = 1 << 14  # logits that one thread is done with before another has begun
 
 
-@intrinsic  # type: ignore[misc]
+@intrinsic
 def _forbid(typing: Any, address: Any, allowed: Any) -> Any:
     """Store −∞ over those of 16 float32 whose bit of an int64 isn't set."""
 

@@ -1,4 +1,4 @@
-"""Sampling, log-probabilities and masks on CPUs: what the references say, however rows are divided."""
+"""Sampling, log-probabilities and masks on CPUs: what the references say, row by row."""
 
 import math
 from typing import Any
