@@ -3,8 +3,8 @@
     linear:            y[t, n] = Σ_k x[t, k] · w[n, k]
     packed_embedding:  y[t] = scale · w[token_ids[t]]
 
-With INT8 weights each row of x is rounded to int8 with one scale, with INT4 weights each 32 values
-of it: `quantize_activations`. All else is exact integers, or float32. Sums of packed weights don't
+With INT8 and INT4 weights each 32 values of a row of x are rounded to int8 with a scale of their
+own: `quantize_activations`. All else is exact integers, or float32. Sums of packed weights don't
 depend on the number of rows.
 
 T tokens   N outputs   K inputs
@@ -23,7 +23,7 @@ def quantize_activations(x_TK: Tensor, format: WeightFormat) -> Tensor:
     """x as the product with weights of this format takes it, in float32."""
     if format is WeightFormat.BFLOAT16:
         return x_TK.float()
-    parts = x_TK.float().unflatten(1, (-1, GROUP if format is WeightFormat.INT4 else x_TK.shape[1]))
+    parts = x_TK.float().unflatten(1, (-1, GROUP))
     factor = parts.abs().amax(2, keepdim=True) / 127
     codes = (parts * torch.where(factor > 0, 1 / factor, 0)).round_()
     rounded: Tensor = codes * factor

@@ -31,7 +31,7 @@ class WeightFormat(StrEnum):
     @property
     def granularity(self) -> int:
         """What the number of inputs has to be a multiple of."""
-        return GROUP if self is WeightFormat.INT4 else 16
+        return 16 if self is WeightFormat.BFLOAT16 else GROUP
 
 
 @dataclass(frozen=True, slots=True)

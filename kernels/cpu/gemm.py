@@ -13,8 +13,8 @@ Which kind of weight it is says the type of `weight`: BF16, I8 or I4. Their bloc
     I8     [ K/4 words | 64 scales, float32 ]               w = scale · (code − 128)
     I4     K/32 × [ 4 words | 64 scales | 64 minima ]       w = scale · code − minimum, float16 both
 
-For I8 and I4 the rows of x are int8 codes. I8 wants a factor and 128 · (sum of its codes) for each
-row; I4 a factor and factor · (sum of its codes) for each 32 values of a row.
+For I8 and I4 the rows of x are int8 codes, and each 32 of them have a factor, float32. Behind it
+stands 128 · (their sum), int32, for I8 and factor · (their sum), float32, for I4.
 """
 
 import numpy as np
@@ -24,7 +24,6 @@ from numba.extending import overload
 from bezel.kernels.cpu.jit import device, kernel
 from bezel.kernels.cpu.lanes import (
     F16,
-    F32,
     I8,
     lane_max,
     lane_sum,
@@ -42,12 +41,14 @@ from bezel.kernels.cpu.rows import serial, share
 from bezel.kernels.cpu.tiles import (
     TILE_BYTES,
     add_scaled,
+    add_weighted,
     dot_bf16,
     dot_int4,
     dot_int8,
+    negative_sums,
+    scale_columns,
     store_tile,
     subtract_outer,
-    subtract_rows,
     zero_sums,
     zero_tile,
 )
@@ -82,12 +83,17 @@ def _multiply_bf16(
 def _multiply_int8(
     weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch
 ):
-    sums = zero_sums(tile)
-    for k in range(num_words):
-        sums = dot_int8(sums, w + TILE_BYTES * k, x + 4 * k, x_pitch)
-    sums = subtract_rows(sums, factors + 4, factor_pitch)
-    scales = w + TILE_BYTES * num_words
-    store_tile(element, y, y_pitch, add_scaled(tile, sums, F32, scales, factors, factor_pitch))
+    first = w
+    for _ in range(num_words // 8):
+        sums = negative_sums(tile, factors + 4, factor_pitch)
+        for k in range(8):
+            sums = dot_int8(sums, w + TILE_BYTES * k, x + 4 * k, x_pitch)
+        tile = add_weighted(tile, sums, factors, factor_pitch)
+        w += 8 * TILE_BYTES
+        x += GROUP
+        factors += 8
+    tile = scale_columns(tile, first + TILE_BYTES * num_words)
+    store_tile(element, y, y_pitch, tile)
 
 
 def _multiply_int4(
@@ -222,24 +228,23 @@ def quantize_values(element, x, codes, num_values, element_bytes):
 
 @serial
 def quantize_rows(
-    first, last, element, x, x_pitch, codes, factors, num_values, per_group, element_bytes
+    first, last, element, x, x_pitch, codes, factors, num_values, for_int4, element_bytes
 ):
-    """Rows of x as int8, with their factors as I8 or, if `per_group`, I4 weights want them."""
+    """Rows of x as int8, with their factors as I8 or I4 weights want them."""
+    num_groups = num_values // GROUP
     for row in range(first, last):
         source, target = x + row * x_pitch, codes + row * num_values
-        if per_group:
-            for group in range(num_values // GROUP):
-                begin = group * GROUP
-                factor, total = quantize_values(
-                    element, source + begin * element_bytes, target + begin, GROUP, element_bytes
-                )
-                place = factors + 8 * (row * (num_values // GROUP) + group)
-                store_f32(place, factor)
+        for group in range(num_groups):
+            begin = group * GROUP
+            factor, total = quantize_values(
+                element, source + begin * element_bytes, target + begin, GROUP, element_bytes
+            )
+            place = factors + 8 * (row * num_groups + group)
+            store_f32(place, factor)
+            if for_int4:
                 store_f32(place + 4, factor * total)
-        else:
-            factor, total = quantize_values(element, source, target, num_values, element_bytes)
-            store_f32(factors + 8 * row, factor)
-            store_i32(factors + 8 * row + 4, np.int32(total) * 128)
+            else:
+                store_i32(place + 4, np.int32(total) * 128)
 
 
 @kernel

@@ -37,7 +37,7 @@ _UNPACK = {kind: Operation(f"unpack_{kind}", unpack_rows, unpack_all) for kind i
 _QUANTIZE = Operation("quantize", quantize_rows, quantize_all)
 _VALUES_PER_WORD = {WeightFormat.BFLOAT16: 2, WeightFormat.INT8: 4, WeightFormat.INT4: 8}
 _ROW_BYTES_AT_ONCE = 1 << 18  # of x, a quarter of a usual second-level cache
-_MOST_ROWS = {WeightFormat.BFLOAT16: 6, WeightFormat.INT8: 6, WeightFormat.INT4: 3}
+_MOST_ROWS = {WeightFormat.BFLOAT16: 6, WeightFormat.INT8: 3, WeightFormat.INT4: 3}
 
 
 def packed_linear_cpu(
@@ -80,9 +80,8 @@ def _rows_of(x_TK: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor | None]
     if format is WeightFormat.BFLOAT16:
         return x_TK.to(torch.bfloat16), None
     num_rows, num_inputs = x_TK.shape
-    per_group = format is WeightFormat.INT4
     codes_TK = torch.empty(num_rows, num_inputs, dtype=torch.int8)
-    factors = torch.empty(num_rows, 2 * (num_inputs // GROUP if per_group else 1))
+    factors = torch.empty(num_rows, 2 * (num_inputs // GROUP))
     numbers = (
         element_of(x_TK),
         x_TK.data_ptr(),
@@ -90,7 +89,7 @@ def _rows_of(x_TK: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor | None]
         codes_TK.data_ptr(),
         factors.data_ptr(),
         num_inputs,
-        per_group,
+        format is WeightFormat.INT4,
         x_TK.element_size(),
     )
     launch(_QUANTIZE, num_rows, num_rows * num_inputs <= FEW_VALUES, numbers)

@@ -227,20 +227,56 @@ def subtract_outer(
 
 
 @intrinsic
-def subtract_rows(typing: Any, sums: Any, rows: Any, pitch: Any) -> Any:
-    """sums[r, c] − rows[r], int32."""
+def add_weighted(typing: Any, tile: Any, sums: Any, factors: Any, pitch: Any) -> Any:
+    """tile[r, c] + sums[r, c] · factors[r]."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        sums_, rows_, pitch_ = arguments
-        for row in range(sums.num_rows):
-            value = _row_word(builder, rows_, pitch_, row)
+        tile_, sums_, factors_, pitch_ = arguments
+        for row in range(tile.num_rows):
+            factor = _row_value(builder, factors_, pitch_, row)
             for column in range(NUM_COLUMNS):
                 place = row * NUM_COLUMNS + column
-                new = builder.sub(builder.extract_value(sums_, place), value)
-                sums_ = builder.insert_value(sums_, new, place)
+                value = builder.sitofp(builder.extract_value(sums_, place), vector._FLOATS)
+                old = builder.extract_value(tile_, place)
+                new = vector._call(builder, "llvm.fma.v16f32", vector._FLOATS, value, factor, old)
+                tile_ = builder.insert_value(tile_, new, place)
+        return tile_
+
+    return tile(tile, sums, factors, pitch), generate
+
+
+@intrinsic
+def scale_columns(typing: Any, tile: Any, scales: Any) -> Any:
+    """tile[r, c] · scales[c], float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        tile_, scales_ = arguments
+        columns = _column_values(context, builder, types.float32, scales_)
+        for row in range(tile.num_rows):
+            for column, scale in enumerate(columns):
+                place = row * NUM_COLUMNS + column
+                value = builder.fmul(builder.extract_value(tile_, place), scale)
+                tile_ = builder.insert_value(tile_, value, place)
+        return tile_
+
+    return tile(tile, scales), generate
+
+
+@intrinsic
+def negative_sums(typing: Any, tile: Any, rows: Any, pitch: Any) -> Any:
+    """An integer tile of the size of `tile` that holds −rows[r], int32."""
+    sums = Tile(False, tile.num_rows, tile.num_columns)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, rows_, pitch_ = arguments
+        sums_ = ir.Constant(context.get_value_type(sums), None)
+        for row in range(tile.num_rows):
+            value = builder.neg(_row_word(builder, rows_, pitch_, row))
+            for column in range(NUM_COLUMNS):
+                sums_ = builder.insert_value(sums_, value, row * NUM_COLUMNS + column)
         return sums_
 
-    return sums(sums, rows, pitch), generate
+    return sums(tile, rows, pitch), generate
 
 
 @intrinsic

@@ -97,8 +97,10 @@ def test_rows_of_tables_are_those_of_the_reference(
     assert torch.equal(packed_embedding(token_ids, packed, 2.5, dtype), expected)
 
 
-def test_activations_are_rounded_by_row_or_by_group() -> None:
+@pytest.mark.parametrize("format", [WeightFormat.INT8, WeightFormat.INT4])
+def test_activations_are_rounded_in_groups(format: WeightFormat) -> None:
     x = torch.ones(1, 64)
     x[0, 0] = 1270.0
-    assert quantize_activations(x, WeightFormat.INT8)[0, 1] == 0  # a tenth of a step
-    assert quantize_activations(x, WeightFormat.INT4)[0, 33] == pytest.approx(1.0)
+    rounded = quantize_activations(x, format)
+    assert rounded[0, 1] == 0  # a tenth of a step
+    assert rounded[0, 33] == pytest.approx(1.0)
