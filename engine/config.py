@@ -59,7 +59,7 @@ class EngineConfig:
         0.92, "Share of a GPU's memory to use for weights and KV pages together"
     )
     enforce_eager: bool = option(
-        False, "Launch every kernel of a decode step on its own instead of replaying CUDA graphs"
+        False, "Launch every kernel of a decode step on its own instead of replaying recorded steps"
     )
     enable_prefix_caching: bool = option(
         True, "Keep keys and values of prompts that may come again, as long as there is room"

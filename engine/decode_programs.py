@@ -42,6 +42,11 @@ class DecodePrograms:
         self._packed = torch.zeros(num_packed, dtype=torch.int64)
         self._programs: dict[int, tuple[Program, Tensor] | None] = {}
 
+    @property
+    def sizes(self) -> set[int]:
+        """Numbers of sequences whose steps are recorded."""
+        return {size for size, program in self._programs.items() if program is not None}
+
     def takes(self, step: ScheduledStep) -> bool:
         """Whether every sequence of the step decodes, and such steps can be recorded."""
         num_seqs = len(step.sequences)

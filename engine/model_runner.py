@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bezel.engine.allocator import release_freed_memory
 from bezel.engine.batch import Batch
 from bezel.engine.checkpoint import Checkpoint, iterate_tensors, num_tensors
 from bezel.engine.config import EngineConfig
@@ -44,7 +45,7 @@ class ModelRunner:
         started = time.monotonic()
         is_cpu = self.device.type == "cpu"
         if is_cpu:
-            set_num_threads(num_threads())
+            set_num_threads(min(num_threads(), torch.get_num_threads()))
         memory = torch.device("meta") if is_cpu else self.device
         self.model = build_model(self.model_config, self.dtype, memory)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -125,6 +126,7 @@ class ModelRunner:
                 self._hidden, self.layout, config.max_num_seqs, self.max_model_len
             )
             self.decode_programs.warm_up()
+        release_freed_memory()  # of loading and compiling
         logger.info("warmed up in %.1f s", time.monotonic() - started)
 
     def _hidden(self, batch: Batch) -> Tensor:

@@ -135,7 +135,9 @@ class Gemma4Decoder(Decoder):
                 config.per_layer_vocab_size, total, width**0.5, dtype
             )
             self.per_layer_model_projection = Linear(config.hidden_size, total, dtype)
-            self.per_layer_projection_norm = RMSNorm(width, config.rms_norm_eps)
+            # The projection is divided by √D, which the norm undoes but for its epsilon.
+            eps = config.rms_norm_eps * config.hidden_size
+            self.per_layer_projection_norm = RMSNorm(width, eps)
 
     def after_loading(self) -> None:
         super().after_loading()
@@ -163,7 +165,7 @@ class Gemma4Decoder(Decoder):
         if not self.config.per_layer_input_size:
             return [None] * num_layers
         width = self.config.per_layer_input_size
-        projected = self.per_layer_model_projection(x_TD) * self.config.hidden_size**-0.5
+        projected = self.per_layer_model_projection(x_TD)
         mixed, _ = self.per_layer_projection_norm.add(
             projected.view(-1, width),
             self.embed_tokens_per_layer(token_ids_T).view(-1, width),

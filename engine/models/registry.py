@@ -14,4 +14,6 @@ def build_model(config: ModelConfig, dtype: torch.dtype, device: torch.device) -
     """An empty model on `device`; its parameters hold nothing until `load_weights` fills them."""
     with torch.device("meta"):
         model = FAMILIES[config.family](config, dtype)
-    return model.to_empty(device=device).eval().requires_grad_(False)
+    if device.type != "meta":
+        model.to_empty(device=device)
+    return model.eval().requires_grad_(False)
