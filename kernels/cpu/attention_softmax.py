@@ -13,7 +13,7 @@ from bezel.kernels.cpu import lanes as vector
 from bezel.kernels.cpu.attention_tiles import _fma, _shuffled
 from bezel.kernels.cpu.lanes import LANES
 
-_HALF, _SHORTS = ir.VectorType(vector._BFloat(), LANES), ir.VectorType(vector._I16, LANES)
+_SHORTS = ir.VectorType(vector._I16, LANES)
 _ROUNDING = 12582912.0  # 1.5 · 2²³: added to a small number, it leaves the nearest integer
 # 2^f for f in [−½, ½]: relative error under 4e-8, and 1 at 0.
 _EXP2 = (1.0, 0.69314718, 0.24022651, 0.05550327, 0.00961767, 0.00133998, 0.00015461)
@@ -22,7 +22,9 @@ _EXP2 = (1.0, 0.69314718, 0.24022651, 0.05550327, 0.00961767, 0.00133998, 0.0001
 def _round_to_words(builder: Any, low: Any, high: Any) -> Any:
     """Words of two bfloat16 each."""
     parts = [
-        builder.zext(builder.bitcast(builder.fptrunc(x, _HALF), _SHORTS), vector._INTS)
+        builder.zext(
+            builder.bitcast(vector._narrowed(builder, x, vector._BFloat()), _SHORTS), vector._INTS
+        )
         for x in (low, high)
     ]
     upper = builder.shl(parts[1], vector._all(vector._INTS, 16))

@@ -6,6 +6,7 @@ code is never taken for that of another version.
 """
 
 import hashlib
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,8 +39,9 @@ def _cache_folder() -> Path:
 
 
 numba.config.CACHE_DIR = str(_cache_folder())
-# The library that torch has loaded already: one pool of threads instead of two.
-numba.config.THREADING_LAYER = "omp"
+if sys.platform == "linux":
+    # The library that torch has loaded already: one pool of threads instead of two.
+    numba.config.THREADING_LAYER = "omp"
 
 
 def set_num_threads(num_threads: int) -> None:

@@ -121,6 +121,21 @@ def _stored_kind(element: types.Type) -> ir.Type:
     return kinds.get(element, _I8)
 
 
+def _narrowed(builder: Any, value: Any, kind: ir.Type) -> Any:
+    """Float lanes rounded to 16 bits, to nearest with ties to even."""
+    if not isinstance(kind, _BFloat) or has_feature("avx512bf16"):
+        return builder.fptrunc(value, ir.VectorType(kind, LANES))
+    # LLVM would call a function here that isn't everywhere.
+    bits = builder.bitcast(value, _INTS)
+    sixteen, one = _all(_INTS, 16), _all(_INTS, 1)
+    is_odd = builder.and_(builder.lshr(bits, sixteen), one)
+    rounded = builder.add(builder.add(bits, _all(_INTS, 0x7FFF)), is_odd)
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    # A NaN's last bits must not carry it over to zero.
+    chosen = builder.select(is_nan, builder.or_(bits, _all(_INTS, 1 << 22)), rounded)
+    return builder.trunc(builder.lshr(chosen, sixteen), ir.VectorType(_I16, LANES))
+
+
 @intrinsic
 def load(typing: Any, element: Any, address: Any) -> Any:
     """16 neighbouring elements as float lanes."""
@@ -152,8 +167,8 @@ def store(typing: Any, element: Any, address: Any, lanes: Any) -> Any:
         if kind == _I8:
             value = builder.fptosi(_call(builder, "llvm.rint.v16f32", _FLOATS, value), vector)
         elif kind != _F32:
-            value = builder.fptrunc(value, vector)
-        pointer = _pointer(builder, arguments[1], vector)
+            value = _narrowed(builder, value, kind)
+        pointer = _pointer(builder, arguments[1], value.type)
         builder.store(value, pointer).align = {_I8: 1, _F32: 4}.get(kind, 2)
         return context.get_dummy_value()
 

@@ -287,15 +287,14 @@ def store_tile(typing: Any, element: Any, y: Any, y_pitch: Any, tile: Any) -> An
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _, y_, pitch, tile_ = arguments
-        kinds = ir.VectorType(kind, 16)
         for row in range(tile.num_rows):
             start = _offset(builder, y_, pitch, row)
             for column in range(NUM_COLUMNS):
                 value = builder.extract_value(tile_, row * NUM_COLUMNS + column)
                 if size == 2:
-                    value = builder.fptrunc(value, kinds)
+                    value = vector._narrowed(builder, value, kind)
                 place = _at(builder, start, 16 * size * column)
-                builder.store(value, vector._pointer(builder, place, kinds)).align = size
+                builder.store(value, vector._pointer(builder, place, value.type)).align = size
         return context.get_dummy_value()
 
     return types.void(element, y, y_pitch, tile), generate
