@@ -22,7 +22,7 @@ from bezel.engine.logprobs import PromptLogprobs
 from bezel.engine.memory import DeviceMemory, arena_bytes, max_model_len
 from bezel.engine.model_config import ModelConfig
 from bezel.engine.models.registry import build_model
-from bezel.engine.packing import bfloat16_matrices
+from bezel.engine.packing import bfloat16_matrices, with_whole_experts
 from bezel.engine.quantization import choose_formats, parameter_of, stored_types
 from bezel.engine.scheduler import ScheduledStep
 from bezel.engine.warm_up import warm_up_model
@@ -52,6 +52,7 @@ class ModelRunner:
         formats = choose_formats(config, self.model, not is_cpu, stored_types(checkpoint))
         if is_cpu and self.dtype == torch.bfloat16:
             formats = bfloat16_matrices(self.model) | formats
+        formats = with_whole_experts(formats)
         load_weights(self.model, _with_progress(checkpoint, formats), formats)
         self.model.after_loading()
         logger.info("loaded %s in %.1f s", checkpoint.name, time.monotonic() - started)

@@ -20,6 +20,18 @@ def bfloat16_matrices(model: nn.Module) -> dict[str, WeightFormat]:
     }
 
 
+def with_whole_experts(formats: Mapping[str, WeightFormat]) -> dict[str, WeightFormat]:
+    """`formats` without experts of which only one of the two matrices is to be packed: their
+    products are one operation."""
+    others = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}
+
+    def is_whole(name: str) -> bool:
+        module, _, leaf = name.rpartition(".")
+        return not module.endswith(".experts") or f"{module}.{others[leaf]}" in formats
+
+    return {name: format for name, format in formats.items() if is_whole(name)}
+
+
 class Packer:
     """`formats` names the parameters of `model`, on the meta device, that are to be packed."""
 
