@@ -7,7 +7,7 @@
     int4    INT4: the matrices of the layers; INT8: tables of embeddings and the output head
 
 Norms, scalars and the router's matrix, which is small and decides a lot, are never rounded. A
-matrix whose rows a format can't divide into its groups takes the next more precise one.
+matrix whose rows aren't whole groups of 32 keeps the model's dtype.
 """
 
 from collections.abc import Iterable, Mapping
@@ -72,8 +72,11 @@ def choose_formats(
         wanted = {name: _asked_for(choice, name) for name in matrices}
     elif choice == "auto" and config.dtype == "auto" and not is_gpu:
         wanted = _nearest(model, stored)
-    found = {name: _that_divides(wanted.get(name), shapes[name][-1]) for name in matrices}
-    return {name: format for name, format in found.items() if format is not None}
+    return {
+        name: format
+        for name in matrices
+        if (format := wanted.get(name)) is not None and shapes[name][-1] % format.granularity == 0
+    }
 
 
 def _asked_for(choice: str, name: str) -> WeightFormat:
@@ -102,13 +105,6 @@ def _nearest_to(kind: Kind) -> WeightFormat | None:
 
 def _most_precise(formats: Iterable[WeightFormat | None]) -> WeightFormat | None:
     return max(formats, key=_BY_PRECISION.index)
-
-
-def _that_divides(format: WeightFormat | None, num_inputs: int) -> WeightFormat | None:
-    for candidate in _BY_PRECISION[_BY_PRECISION.index(format) :]:
-        if candidate is None or num_inputs % candidate.granularity == 0:
-            return candidate
-    raise AssertionError("None divides everything")
 
 
 def parameter_of(tensor: str) -> str:
