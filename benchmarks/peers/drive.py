@@ -122,7 +122,8 @@ async def _ask_all(
     async with httpx.AsyncClient(
         base_url=server.url,
         timeout=None,
-        limits=httpx.Limits(max_connections=most, max_keepalive_connections=most),
+        # llama-server closes idle connections just when they are wanted again.
+        limits=httpx.Limits(max_connections=most, max_keepalive_connections=0),
         trust_env=False,
     ) as client:
         asker = GreedyAsker(
