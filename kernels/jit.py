@@ -1,6 +1,7 @@
 """Where Triton comes from, when its kernels run, and for which architecture tiles are chosen.
 
-On a GPU every wrapper launches its kernel, on a CPU it computes the torch reference. Tests and the
+On a GPU every wrapper launches its kernel; on a CPU it runs the one of `cpu/`, or the torch
+reference where that has none. Tests and the
 compiler's table make the same launchers run on CPU tensors with `triton_on_cpu`: under Triton's
 interpreter, or under a driver that only compiles.
 """

@@ -6,6 +6,7 @@ code is never taken for that of another version.
 """
 
 import hashlib
+import importlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -38,10 +39,23 @@ def _cache_folder() -> Path:
     return folder
 
 
+def threading_layer() -> str:
+    """OpenMP where it can be loaded: its threads are torch's own, one pool instead of two.
+
+    Numba looks for the file `libgomp.so.1.0.0`, which torch brings under another name only, so a
+    slim system may lack it; then Numba chooses, in the end threads of its own.
+    """
+    if sys.platform != "linux":
+        return "default"
+    try:
+        importlib.import_module("numba.np.ufunc.omppool")
+    except ImportError:
+        return "default"
+    return "omp"
+
+
 numba.config.CACHE_DIR = str(_cache_folder())
-if sys.platform == "linux":
-    # The library that torch has loaded already: one pool of threads instead of two.
-    numba.config.THREADING_LAYER = "omp"
+numba.config.THREADING_LAYER = threading_layer()
 
 
 def set_num_threads(num_threads: int) -> None:
