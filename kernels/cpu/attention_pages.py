@@ -6,9 +6,8 @@ rows where they are.
 
 from typing import NamedTuple
 
-from bezel.kernels.cpu.attention_tiles import store_i64
 from bezel.kernels.cpu.jit import device
-from bezel.kernels.cpu.lanes import load_i64
+from bezel.kernels.cpu.lanes import load_i64, store_i64
 
 
 class Rows(NamedTuple):

@@ -26,12 +26,21 @@ from bezel.kernels.cpu.attention_tiles import (
     fold,
     lace,
     prefetch,
-    store_i64,
     store_words,
     zeros,
 )
 from bezel.kernels.cpu.jit import device
-from bezel.kernels.cpu.lanes import F32, LANES, load, load_i64, load_scalar, splat, store, store_f32
+from bezel.kernels.cpu.lanes import (
+    F32,
+    LANES,
+    load,
+    load_i64,
+    load_scalar,
+    splat,
+    store,
+    store_f32,
+    store_i64,
+)
 from bezel.kernels.cpu.rows import num_bytes
 
 SPLIT = 128  # positions

@@ -287,17 +287,6 @@ def fold(typing: Any, tile: Any) -> Any:
 
 
 @intrinsic
-def store_i64(typing: Any, address: Any, value: Any) -> Any:
-    """Store an int64."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.store(arguments[1], vector._pointer(builder, arguments[0], vector._I64)).align = 8
-        return context.get_dummy_value()
-
-    return types.void(address, value), generate
-
-
-@intrinsic
 def store_word(typing: Any, address: Any, source: Any) -> Any:
     """Copy one word."""
 

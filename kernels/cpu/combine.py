@@ -1,13 +1,10 @@
 """`combine_experts` and `route` on CPUs: what stands on both sides of the experts' products."""
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import prange, types
-from numba.extending import intrinsic
+from numba import prange
 from torch import Tensor
 
 from bezel.kernels.cpu.jit import device, kernel
@@ -20,6 +17,7 @@ from bezel.kernels.cpu.lanes import (
     splat,
     store,
     store_f32,
+    store_i32,
 )
 from bezel.kernels.cpu.norms import norm_row
 from bezel.kernels.cpu.rows import FEW_VALUES, element_of, inverse_rms, num_bytes, serial, share
@@ -101,27 +99,14 @@ def _combine_all(threads, num_rows, *row):
         _combine_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), i, *row)
 
 
-@intrinsic
-def _store_i32(typing: Any, address: Any, value: Any) -> Any:
-    """Store the low half of an int64."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.IntType(32)
-        pointer = builder.inttoptr(arguments[0], kind.as_pointer())
-        builder.store(builder.trunc(arguments[1], kind), pointer).align = 4
-        return context.get_dummy_value()
-
-    return types.void(address, value), generate
-
-
 @device
 def _insert(score, expert, chosen, scores, place):
     """Into a list that is sorted, behind all scores as high; what was at `place` is overwritten."""
     while place > 0 and score > load_scalar(F32, scores + (place - 1) * 4):
-        _store_i32(chosen + place * 4, load_i32(chosen + (place - 1) * 4))
+        store_i32(chosen + place * 4, load_i32(chosen + (place - 1) * 4))
         store_f32(scores + place * 4, load_scalar(F32, scores + (place - 1) * 4))
         place -= 1
-    _store_i32(chosen + place * 4, expert)
+    store_i32(chosen + place * 4, expert)
     store_f32(scores + place * 4, score)
 
 

@@ -21,9 +21,9 @@ from bezel.kernels.cpu.attention_split import (
     scratch_bytes_of,
     split_at,
 )
-from bezel.kernels.cpu.attention_tiles import LANE_BYTES, VALUE_BLOCK, store_i64
+from bezel.kernels.cpu.attention_tiles import LANE_BYTES, VALUE_BLOCK
 from bezel.kernels.cpu.jit import device, kernel, runs_numba
-from bezel.kernels.cpu.lanes import load_i64, take_next
+from bezel.kernels.cpu.lanes import load_i64, store_i64, take_next
 from bezel.kernels.cpu.launch import active_recording
 from bezel.kernels.cpu.rows import element_of, share
 

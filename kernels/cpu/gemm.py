@@ -52,11 +52,10 @@ from bezel.kernels.cpu.tiles import (
     zero_sums,
     zero_tile,
 )
+from bezel.kernels.packed import COLUMNS, GROUP
 
 I4 = np.uint8(0)
-GROUP = 32  # values of an int4 weight that share a scale
-GROUP_BYTES = 4 * TILE_BYTES + 2 * 64 * 2
-COLUMNS = 64
+GROUP_BYTES = 4 * TILE_BYTES + 2 * 2 * COLUMNS  # of I4: words, scales, minima
 
 
 def _multiply(weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch):

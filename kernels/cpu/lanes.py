@@ -226,16 +226,22 @@ def store_f32(typing: Any, address: Any, value: Any) -> Any:
     return types.void(address, value), generate
 
 
-@intrinsic
-def store_i32(typing: Any, address: Any, value: Any) -> Any:
-    """Store one int32."""
+def _integer_store(kind: ir.Type, number: types.Integer) -> Any:
+    @intrinsic
+    def store_integer(typing: Any, address: Any, value: Any) -> Any:
+        def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            integer = context.cast(builder, arguments[1], signature.args[1], number)
+            pointer = _pointer(builder, arguments[0], kind)
+            builder.store(integer, pointer).align = kind.width // 8
+            return context.get_dummy_value()
 
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value32 = context.cast(builder, arguments[1], signature.args[1], types.int32)
-        builder.store(value32, _pointer(builder, arguments[0], _I32)).align = 4
-        return context.get_dummy_value()
+        return types.void(address, value), generate
 
-    return types.void(address, value), generate
+    return store_integer
+
+
+store_i32 = _integer_store(_I32, types.int32)
+store_i64 = _integer_store(_I64, types.int64)
 
 
 @intrinsic

@@ -4,7 +4,7 @@ import numpy as np
 from numba import prange, types
 from numba.extending import overload
 
-from bezel.kernels.cpu.gemm import COLUMNS, GROUP, GROUP_BYTES
+from bezel.kernels.cpu.gemm import GROUP_BYTES
 from bezel.kernels.cpu.jit import kernel
 from bezel.kernels.cpu.lanes import (
     BF16,
@@ -21,6 +21,7 @@ from bezel.kernels.cpu.lanes import (
 )
 from bezel.kernels.cpu.rows import serial, share
 from bezel.kernels.cpu.tiles import TILE_BYTES
+from bezel.kernels.packed import COLUMNS, GROUP
 
 
 def _value(weight, block, column, num_values, k):

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from bezel.kernels.cpu.attention_block import ROWS, Chunk, attend_block, block_at, scratch_bytes_of
 from bezel.kernels.cpu.attention_pages import Rows
-from bezel.kernels.cpu.attention_tiles import LANE_BYTES, VALUE_BLOCK, WORD_BYTES, store_i64
+from bezel.kernels.cpu.attention_tiles import LANE_BYTES, VALUE_BLOCK, WORD_BYTES
 from bezel.kernels.cpu.jit import device, kernel, runs_numba
-from bezel.kernels.cpu.lanes import load_i64, take_next
+from bezel.kernels.cpu.lanes import load_i64, store_i64, take_next
 from bezel.kernels.cpu.rows import element_of, num_bytes
 
 LOG2_E = 1.4426950408889634

@@ -11,6 +11,7 @@ import struct
 import sys
 from collections.abc import Sequence
 
+import numba
 import numpy as np
 import torch
 from llvmlite import ir
@@ -23,7 +24,7 @@ from bezel.kernels.cpu.decode_attention import join_splits, plan_splits, work_in
 from bezel.kernels.cpu.gelu import gelu_rows
 from bezel.kernels.cpu.gemm import I4, multiply_tasks, quantize_rows
 from bezel.kernels.cpu.jit import device, kernel
-from bezel.kernels.cpu.lanes import BF16, I8, load_i64
+from bezel.kernels.cpu.lanes import BF16, I8, load_i64, store_i64
 from bezel.kernels.cpu.launch import CannotRecord, Launch
 from bezel.kernels.cpu.norms import add_norm_rows, norm_rows
 from bezel.kernels.cpu.packed_rows import unpack_rows
@@ -72,16 +73,6 @@ def _f(typing, address, index):
 @device
 def _i(address, index):
     return load_i64(address + 8 * index)
-
-
-@intrinsic
-def _store_i64(typing, address, value):
-    def generate(context, builder, signature, arguments):
-        pointer = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
-        builder.store(arguments[1], pointer)
-        return context.get_dummy_value()
-
-    return types.void(address, types.int64), generate
 
 
 @intrinsic
@@ -210,8 +201,8 @@ def _run_row(code, i_thread, threads, first, last, p, counter):
 @kernel
 def _run(table, num_launches, barrier, threads):
     for i in range(num_launches):
-        _store_i64(table + 8 * WIDTH * i + _COUNTER, 0)
-    _store_i64(barrier, 0)
+        store_i64(table + 8 * WIDTH * i + _COUNTER, 0)
+    store_i64(barrier, 0)
     for i_thread in prange(threads):
         for i in range(num_launches):
             row = table + 8 * WIDTH * i
@@ -237,11 +228,16 @@ def _meet(barrier, missed, threads):
             _arrive(missed)
 
 
+def _num_threads() -> int:
+    """Threads that wait for each other: no more than there are, and than launches made room for."""
+    return min(torch.get_num_threads(), int(numba.get_num_threads()))
+
+
 def threads_run_together() -> bool:
     """Whether there are as many threads as programs count on: a library of threads that was told
     to use fewer would have them wait for ones that never come."""
     counts = np.zeros(2, np.int64)
-    _meet(counts.ctypes.data, counts.ctypes.data + 8, torch.get_num_threads())
+    _meet(counts.ctypes.data, counts.ctypes.data + 8, _num_threads())
     return bool(counts[1] == 0)
 
 
@@ -266,7 +262,7 @@ class Program:
     def run(self) -> None:
         table = self._rows.ctypes.data
         barrier = table + 8 * WIDTH * self._num_launches
-        _run(table, self._num_launches, barrier, torch.get_num_threads())
+        _run(table, self._num_launches, barrier, _num_threads())
 
 
 def _bits(number: float) -> int:

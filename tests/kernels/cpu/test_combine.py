@@ -17,9 +17,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8 + 1e-5}
 dtypes = st.sampled_from(list(TOLERANCE))
 
 
-@pytest.fixture(autouse=True)
-def three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+pytestmark = pytest.mark.usefixtures("three_threads")
 
 
 def arguments(

@@ -1,6 +1,6 @@
 """Decode attention's kernel for CPUs against its reference; slots that aren't live hold NaN."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +27,6 @@ class Shape:
     window: int | None = None
     q_len: int = 1
     dtype: torch.dtype = torch.float32
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 class Case:

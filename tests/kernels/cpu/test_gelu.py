@@ -10,9 +10,7 @@ from bezel.kernels.gelu_mul import gelu_mul, gelu_times
 HALF_UNIT = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}
 
 
-@pytest.fixture(autouse=True)
-def three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+pytestmark = pytest.mark.usefixtures("three_threads")
 
 
 def assert_rounded_once(actual: Tensor, expected: Tensor) -> None:

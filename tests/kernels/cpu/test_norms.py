@@ -17,9 +17,7 @@ widths = st.sampled_from([16, 48, 64, 112, 640])
 num_rows = st.sampled_from([0, 1, 2, 7, 1100])
 
 
-@pytest.fixture(autouse=True)
-def three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+pytestmark = pytest.mark.usefixtures("three_threads")
 
 
 def rows(num_rows: int, width: int, dtype: torch.dtype, gap: int, seed: int) -> Tensor:

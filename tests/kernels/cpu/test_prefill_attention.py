@@ -1,6 +1,6 @@
 """The kernel for chunks on CPUs against its references; every slot that isn't live holds NaN."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,14 +27,6 @@ class Shape:
     turned: int = 0
     window: int | None = None
     dtype: torch.dtype = torch.float32
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 class Case:

@@ -17,9 +17,7 @@ EPS = 1e-6
 HALF_UNIT = {torch.float32: 0.0, torch.bfloat16: 2.0**-8}
 
 
-@pytest.fixture(autouse=True)
-def three_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+pytestmark = pytest.mark.usefixtures("three_threads")
 
 
 @dataclass(frozen=True)
