@@ -2,8 +2,8 @@
 
     y[m, n] = Σ_k x[m, k] · w[n, k]
 
-A task is one block of 64 columns times as many rows of x as stay in the second-level cache beside
-it; the threads take tasks one after the other, so a thread that is held up by another program gets
+A task is a run of blocks of 64 columns times as many rows of x as stay in the second-level cache
+beside one; the threads take tasks one after the other, so a thread that is held up by another program gets
 fewer of them. The sum over k has the same order whatever the number of rows: a row's result doesn't
 depend on the batch.
 
@@ -55,6 +55,7 @@ from bezel.kernels.cpu.tiles import (
 from bezel.kernels.packed import COLUMNS, GROUP
 
 I4 = np.uint8(0)
+_LONGEST_RUN, _SHARES = 16, 16
 GROUP_BYTES = 4 * TILE_BYTES + 2 * 2 * COLUMNS  # of I4: words, scales, minima
 
 
@@ -159,6 +160,15 @@ def multiply_block(
 
 
 @device
+def blocks_of_task(num_rows, num_blocks, rows_at_once):
+    """Blocks that a thread takes together. Few rows wait for memory, which is read faster in long
+    runs than by threads that each skip the other's blocks; many rows share a block of w."""
+    if num_rows > rows_at_once:
+        return 1
+    return max(1, min(_LONGEST_RUN, num_blocks // _SHARES))
+
+
+@device
 def multiply_tasks(
     next_task,
     weight,
@@ -179,25 +189,28 @@ def multiply_tasks(
     element_bytes,
 ):
     """Take tasks until none is left; pitches in bytes."""
-    num_tasks = num_blocks * ((num_rows + rows_at_once - 1) // rows_at_once)
+    run = blocks_of_task(num_rows, num_blocks, rows_at_once)
+    num_runs = (num_blocks + run - 1) // run
+    num_tasks = num_runs * ((num_rows + rows_at_once - 1) // rows_at_once)
     task = take_next(next_task)
     while task < num_tasks:
-        block = task % num_blocks
-        row = task // num_blocks * rows_at_once
-        multiply_block(
-            weight,
-            element,
-            x + row * x_pitch,
-            x_pitch,
-            factors + row * factor_pitch,
-            factor_pitch,
-            w + block * block_bytes,
-            num_words,
-            y + row * y_pitch + block * COLUMNS * element_bytes,
-            y_pitch,
-            min(rows_at_once, num_rows - row),
-            most_rows,
-        )
+        first = task % num_runs * run
+        row = task // num_runs * rows_at_once
+        for block in range(first, min(first + run, num_blocks)):
+            multiply_block(
+                weight,
+                element,
+                x + row * x_pitch,
+                x_pitch,
+                factors + row * factor_pitch,
+                factor_pitch,
+                w + block * block_bytes,
+                num_words,
+                y + row * y_pitch + block * COLUMNS * element_bytes,
+                y_pitch,
+                min(rows_at_once, num_rows - row),
+                most_rows,
+            )
         task = take_next(next_task)
 
 
