@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from bezel.kernels.cpu.weight_memory import WeightMemory
 from bezel.kernels.packed import Int4Values, PackedWeight, WeightFormat, pack_weight, stack_packed
 
 Values = Tensor | Int4Values
@@ -40,6 +41,7 @@ class Packer:
         self._model = model
         self._shapes = {name: value.shape for name, value in model.named_parameters()}
         self._parts: dict[str, dict[int, Values]] = {}
+        self._memory = WeightMemory()
 
     def shape(self, name: str, rows: slice) -> torch.Size:
         """Of these rows of a parameter."""
@@ -54,6 +56,7 @@ class Packer:
             return
         packed = _pack(_joined([parts[start] for start in sorted(parts)]), self.formats[name])
         del self._parts[name]
+        packed = self._memory.keep(packed)
         module_name, _, leaf = name.rpartition(".")
         module = self._model.get_submodule(module_name)
         delattr(module, leaf)

@@ -3,9 +3,9 @@
     y[m, n] = Σ_k x[m, k] · w[n, k]
 
 A task is a run of blocks of 64 columns times as many rows of x as stay in the second-level cache
-beside one; the threads take tasks one after the other, so a thread that is held up by another program gets
-fewer of them. The sum over k has the same order whatever the number of rows: a row's result doesn't
-depend on the batch.
+beside one. The threads take tasks one after the other, so a thread that is held up by another
+program gets fewer of them. The sum over k has the same order whatever the number of rows: a row's
+result doesn't depend on the batch.
 
 Which kind of weight it is says the type of `weight`: BF16, I8 or I4. Their blocks of 64 columns:
 

@@ -1,0 +1,56 @@
+"""Memory for weights: nobody else's bytes, whole cache lines, pages that may be huge."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bezel.kernels.cpu.weight_memory import HUGE_PAGE, SLAB_BYTES, WeightMemory
+from bezel.kernels.packed import WeightFormat, pack_weight
+
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
+SHAPES = [(3, 100), (1, 1), (7, 4096), (SLAB_BYTES // 2,), (SLAB_BYTES // 2 + 1,), (SLAB_BYTES,)]
+
+
+def test_tensors_share_no_byte() -> None:
+    memory = WeightMemory()
+    tensors = [memory.empty(*shape).fill_(i) for i, shape in enumerate(SHAPES)]
+    for i, (tensor, shape) in enumerate(zip(tensors, SHAPES, strict=True)):
+        assert tensor.shape == shape and bool((tensor == i).all())
+        assert tensor.data_ptr() % 64 == 0
+
+
+def test_small_ones_stand_side_by_side() -> None:
+    memory = WeightMemory()
+    first, second = memory.empty(100), memory.empty(28)
+    assert second.data_ptr() - first.data_ptr() == 128
+
+
+def test_what_is_kept_is_the_same_weight() -> None:
+    weight = pack_weight(torch.randn(100, 64), WeightFormat.INT4)
+    kept = WeightMemory().keep(weight)
+    assert torch.equal(kept.data, weight.data) and kept.data.data_ptr() != weight.data.data_ptr()
+    assert (kept.format, kept.num_outputs, kept.num_inputs) == (WeightFormat.INT4, 100, 64)
+
+
+@pytest.mark.skipif(not HUGE_PAGES.exists(), reason="the system has no huge pages to ask for")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux' list of mappings")
+@pytest.mark.parametrize("num_bytes", [100, SLAB_BYTES + 5])
+def test_huge_pages_are_asked_for(num_bytes: int) -> None:
+    tensor = WeightMemory().empty(num_bytes)
+    assert tensor.data_ptr() % HUGE_PAGE == 0
+    assert "hg" in flags_of_mapping(tensor.data_ptr())
+
+
+def flags_of_mapping(address: int) -> list[str]:
+    """`VmFlags` of the mapping that has an address."""
+    is_here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        key, *words = line.split()
+        if not key.endswith(":"):
+            first, _, end = key.partition("-")
+            is_here = int(first, 16) <= address < int(end, 16)
+        elif is_here and key == "VmFlags:":
+            return words
+    raise AssertionError("no such mapping")
