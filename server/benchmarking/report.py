@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from bezel.engine.simulation.results import Distribution, Goodput
+from bezel.engine.simulation.text import goodput_text, line, table
 from bezel.server.benchmarking.load import ServeRun
 from bezel.server.benchmarking.measure import Measurement
 from bezel.server.benchmarking.results import ServeResults
@@ -53,11 +53,11 @@ def _lines(run: ServeRun, results: ServeResults) -> Iterator[str]:
     benchmark = run.benchmark
     pace = f", {benchmark.request_rate:g} begin a second" if benchmark.request_rate else ""
     yield f"{run.model} at {benchmark.root_url}, {benchmark.endpoint}"
-    yield _line("workload", f"{benchmark.workload}, {benchmark.max_concurrency} at once{pace}")
+    yield line("workload", f"{benchmark.workload}, {benchmark.max_concurrency} at once{pace}")
     total = benchmark.num_prompts
     skipped = f", {results.num_skipped:,} skipped after errors" if results.num_skipped else ""
     yield (
-        _line(
+        line(
             "requests",
             f"{results.num_answered:,} of {total:,} answered in {results.duration_s:,.1f} s",
         )
@@ -65,27 +65,30 @@ def _lines(run: ServeRun, results: ServeResults) -> Iterator[str]:
     )
     missing = total - results.num_requests - results.num_skipped
     if missing:
-        yield _line("interrupted", f"{missing:,} requests had not ended")
+        yield line("interrupted", f"{missing:,} requests had not ended")
     for kind, num in results.errors.items():
-        yield _line("error", f"{num:,} × {kind} {results.error_examples[kind]}"[:160].strip())
+        yield line("error", f"{num:,} × {kind} {results.error_examples[kind]}"[:160].strip())
     yield ""
-    heads = ("mean", "p50", "p90", "p99", "max")
-    yield f"{'seconds':<20}" + "".join(f"{head:>10}" for head in heads)
-    yield _row("to first token", results.ttft_s)
-    yield _row("between tokens", results.tpot_s)
-    yield _row("between chunks", results.itl_s)
-    yield _row("end to end", results.e2e_s)
+    yield from table(
+        "seconds",
+        [
+            ("to first token", results.ttft_s),
+            ("between tokens", results.tpot_s),
+            ("between chunks", results.itl_s),
+            ("end to end", results.e2e_s),
+        ],
+    )
     yield ""
-    yield _line(
+    yield line(
         "throughput",
         f"{results.requests_per_s:.2f} requests/s, {results.prompt_tokens_per_s:,.0f} prompt "
         f"tokens/s, {results.output_tokens_per_s:,.1f} output tokens/s",
     )
-    yield _line("tokens", _tokens(results))
+    yield line("tokens", _tokens(results))
     if results.goodput is not None:
-        yield _line("goodput", _goodput(results.goodput))
+        yield line("goodput", goodput_text(results.goodput))
     if results.late_s is not None and results.late_s.p99 > _LATE_S:
-        yield _line(
+        yield line(
             "late",
             f"--max-concurrency held requests back, for {results.late_s.mean:.2f} s on average",
         )
@@ -98,25 +101,3 @@ def _tokens(results: ServeResults) -> str:
     if results.num_counted_by_chunks:
         text += f"; no usage in {results.num_counted_by_chunks:,} answers, chunks counted there"
     return text
-
-
-def _goodput(goodput: Goodput) -> str:
-    limits = []
-    if goodput.ttft_s is not None:
-        limits.append(f"first token within {goodput.ttft_s:g} s")
-    if goodput.itl_s is not None:
-        limits.append(f"others every {goodput.itl_s:g} s or faster")
-    wanted = " and ".join(limits)
-    return f"{goodput.requests_per_s:.2f} requests/s, {goodput.share:.1%} of all: {wanted}"
-
-
-def _line(name: str, text: str) -> str:
-    return f"{name:<12}{text}"
-
-
-def _row(name: str, of: Distribution | None) -> str:
-    if of is None:
-        return f"{name:<20}" + f"{'-':>10}" * 5
-    return f"{name:<20}" + "".join(
-        f"{value:>10.4g}" for value in (of.mean, of.p50, of.p90, of.p99, of.max)
-    )
