@@ -129,7 +129,7 @@ class ModelConfig:
             return _gemma3(text)
         if model_type in GEMMA4_TYPES:
             if "unified" in model_type:
-                text = ConfigValues(UNIFIED_DEFAULTS | text.values, text.place)
+                text = ConfigValues({**UNIFIED_DEFAULTS, **text.values}, text.place)
             return _gemma4(text)
         known = ", ".join((*GEMMA3_TYPES, *GEMMA4_TYPES))
         raise CheckpointError(f"model_type {model_type!r} is not served; known are {known}")
