@@ -6,6 +6,9 @@ Tokens of all sequences stand in one row, without padding; sequences that decode
     tokens         [d0][d1][d2][--- chunk 0 ---][----- chunk 1 -----]
                    num_decodes = 3
 
+Layers that have keys and values of their own compute all rows, for later queries. Those that only
+read others' need compute no row whose result nobody wants: they go on with `WantedRows`.
+
 T tokens   S sequences   C sequences with a chunk   P, R entries of a page table
 N tokens whose logits are wanted
 """
@@ -19,6 +22,8 @@ import torch
 from torch import Tensor
 
 from bezel.engine.kv_layout import KVLayout
+from bezel.engine.page_tables import oldest_kept
+from bezel.engine.row_choice import RowChoice, offsets
 from bezel.engine.scheduler import ScheduledSequence, ScheduledStep
 from bezel.kernels.kv_pages import NO_SLOT
 
@@ -43,7 +48,8 @@ class Batch:
 
     The first `num_decodes` sequences have `decode_q_len` tokens each. `cu_seqlens_q_C1` holds the
     offsets of the other sequences' chunks, counted from the first chunk's first token; the longest
-    chunk has `max_q_len` tokens. Without `sampled_rows_N` the logits of all rows are wanted.
+    chunk has `max_q_len` tokens. Without `sampled_rows_N` the logits of all rows are wanted, and
+    without `wanted` their hidden states.
     """
 
     token_ids_T: Tensor
@@ -56,6 +62,7 @@ class Batch:
     cu_seqlens_q_C1: Tensor | None = None
     max_q_len: int = 0
     sampled_rows_N: Tensor | None = None
+    wanted: "WantedRows | None" = None
 
     @property
     def num_decode_tokens(self) -> int:
@@ -70,22 +77,26 @@ class Batch:
         """Lay out a scheduled step; everything goes to the device in one transfer."""
         scheduled = step.sequences
         num_decodes = sum(s.num_tokens == 1 for s in scheduled)
-        offsets = np.cumsum([0, *(s.num_tokens for s in scheduled)])
-        sampled = [end - 1 for s, end in zip(scheduled, offsets[1:], strict=True) if s.is_sampled]
-        tensors = _send(
-            [
-                *row_arrays(scheduled, layout),
-                global_tables(scheduled),
-                offsets[num_decodes:] - num_decodes,
-                np.asarray(sampled, dtype=np.int64),
-            ],
-            device,
-        )
+        ends = np.cumsum([s.num_tokens for s in scheduled])
+        sampled = [end - 1 for s, end in zip(scheduled, ends, strict=True) if s.is_sampled]
+        arrays = [*row_arrays(scheduled, layout), global_tables(scheduled)]
+        q_lens = [s.num_tokens for s in scheduled[num_decodes:]]
+        sent = [*arrays, offsets(q_lens), np.asarray(sampled, dtype=np.int64)]
+        wanted = RowChoice.of(scheduled)
+        if wanted is not None:
+            sent += [wanted.rows_N, *wanted.select(arrays), offsets(wanted.q_lens)]
+        tensors = _send(sent, device)
+        batch = cls._with_chunks(tensors[:8], num_decodes, q_lens)
+        if wanted is not None:
+            later = cls._with_chunks(tensors[10:], wanted.num_decodes, wanted.q_lens)
+            batch = replace(batch, wanted=WantedRows(tensors[9], later))
+        return replace(batch, sampled_rows_N=tensors[8])
+
+    @classmethod
+    def _with_chunks(cls, tensors: list[Tensor], num_decodes: int, q_lens: list[int]) -> "Batch":
+        """From tensors in the order of `row_arrays`, global tables, and offsets of the chunks."""
         batch = cls.of_rows(tensors[:6], tensors[6], num_decodes)
-        max_q_len = max((s.num_tokens for s in scheduled[num_decodes:]), default=0)
-        return replace(
-            batch, cu_seqlens_q_C1=tensors[7], sampled_rows_N=tensors[8], max_q_len=max_q_len
-        )
+        return replace(batch, cu_seqlens_q_C1=tensors[7], max_q_len=max(q_lens, default=0))
 
     @classmethod
     def of_rows(
@@ -116,6 +127,18 @@ class Batch:
         )
         batch = cls.of_rows(tensors[:6], tensors[6], num_decodes=0)
         return replace(batch, cu_seqlens_q_C1=tensors[7], max_q_len=num_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class WantedRows:
+    """Rows of a step that somebody wants: row `rows_N[i]` of the step is row i of `batch`.
+
+    The last row of a chunk is a decode in it, whose keys and values have to be in pages. Chunks of
+    prompts with log-probabilities are wanted whole, and stay chunks.
+    """
+
+    rows_N: Tensor
+    batch: Batch
 
 
 def row_arrays(scheduled: list[ScheduledSequence], layout: KVLayout) -> list[Ints]:
@@ -214,7 +237,8 @@ def _local_slots(scheduled: ScheduledSequence, layout: KVLayout) -> Ints:
     positions = _positions(scheduled)
     size = layout.local_page_size
     slots: Ints = table[positions // size % layout.ring_size] * size + positions % size
-    slots[positions < scheduled.anchor - layout.window + 1] = NO_SLOT
+    oldest = oldest_kept(scheduled.start, scheduled.end, scheduled.anchor)
+    slots[positions < oldest - layout.window + 1] = NO_SLOT
     return slots
 
 

@@ -13,6 +13,10 @@ are reused for what slides in, and a sequence holds no more than `max_local_page
 token is written before it is read (its attention reads pages only), so there nothing is reused
 within the step; pages that slid out go back to the pool when the step is done.
 
+The last query of a chunk sees one position more than is kept after it, and layers without keys and
+values of their own see it as a decode, which reads pages only. So that position has a page, too,
+until the step is done.
+
 A step may also keep the window of an earlier position, its *anchor*, for the prefix cache: a global
 page's worth of tokens more, until the step is done. Pages that others hold too are never reused, so
 that until the step is done there are new ones beside them.
@@ -89,7 +93,7 @@ class PageTables:
         self, start: int, end: int, pool: PagePool, anchor: int | None = None
     ) -> PageCount:
         """Pages the pool must give before [start, end) can be computed."""
-        _, incoming, dropped = self._slide(end, anchor)
+        _, incoming, dropped = self._slide(end, oldest_kept(start, end, anchor))
         recycled = len(self._recycled(dropped, pool)) if end - start > 1 else 0
         num_global = self.layout.num_global_pages(end) - len(self.global_table)
         return PageCount(max(0, len(incoming) - recycled), max(0, num_global))
@@ -103,7 +107,7 @@ class PageTables:
         """
         while len(self.global_table) < self.layout.num_global_pages(end):
             self.global_table.append(pool.allocate_global())
-        kept, incoming, dropped = self._slide(end, anchor)
+        kept, incoming, dropped = self._slide(end, oldest_kept(start, end, anchor))
         slid = [self._entry(index) for index in dropped]
         read_table = self.local_table if end - start == 1 else self.local_table[:]
         recycled = self._recycled(dropped, pool) if end - start > 1 else []
@@ -114,8 +118,10 @@ class PageTables:
             else:
                 page = pool.allocate_local()
             self.local_table[index % self.layout.ring_size] = page
-        self._slid = slid
-        self._local_held = range(kept.start if kept else incoming.start, incoming.stop)
+        first = kept.start if kept else incoming.start
+        first_held = max(first, self.layout.local_page_range(end, anchor).start)
+        self._slid = slid + [self._entry(index) for index in range(first, first_held)]
+        self._local_held = range(first_held, incoming.stop)
         self._steady_until = self._next_change()
         return read_table
 
@@ -164,10 +170,17 @@ class PageTables:
         pages = (self._entry(index) for index in dropped)
         return [page for page in pages if not pool.is_shared_local(page)]
 
-    def _slide(self, end: int, anchor: int | None) -> tuple[range, range, range]:
-        """Page indices that stay, come and go when the sequence reaches `end` tokens."""
-        held, target = self._local_held, self.layout.local_page_range(end, anchor)
+    def _slide(self, end: int, oldest: int) -> tuple[range, range, range]:
+        """Page indices that stay, come and go when the sequence reaches `end` tokens and keeps the
+        windows from position `oldest` on."""
+        held, target = self._local_held, self.layout.local_page_range(end, oldest)
         kept = range(max(held.start, target.start), held.stop)
         incoming = range(max(held.stop, target.start), target.stop)
         dropped = range(held.start, min(held.stop, target.start))
         return kept, incoming, dropped
+
+
+def oldest_kept(start: int, end: int, anchor: int | None) -> int:
+    """The first position whose window is in pages when [start, end) has been computed."""
+    oldest = end if anchor is None else anchor
+    return oldest if end - start == 1 else min(oldest, end - 1)

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from bezel.engine.batch import Batch
+from bezel.engine.batch import Batch, WantedRows
 from bezel.engine.kv_cache import KVCache
 from bezel.engine.layers.linear import Linear
 from bezel.engine.layers.norm import RMSNorm
 from bezel.engine.model_config import LayerConfig, ModelConfig
 from bezel.kernels.decode_attention import decode_attention
-from bezel.kernels.kv_pages import write_kv
+from bezel.kernels.kv_pages import NO_SLOT, write_kv
 from bezel.kernels.prefill_attention import global_prefill_attention, local_prefill_attention
 from bezel.kernels.qkv import QKVShape, rotate_and_store_global, rotate_and_store_local
 
@@ -36,6 +36,30 @@ class AttentionContext:
     global_rotary: CosSin
     fresh: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     key_weights: dict[int, Tensor] = field(default_factory=dict)
+
+    def narrowed(self, wanted: WantedRows) -> "AttentionContext":
+        """To go on with the rows that are wanted, once no more keys and values are made.
+
+        Those of chunks that don't stay whole are stored: their last rows read pages from now on.
+        """
+        n, slots = self.batch.num_decode_tokens, self.batch.local.slot_mapping_T
+        chunk_rows = wanted.rows_N[wanted.batch.num_decodes :]
+        slots_T = slots.index_fill(0, chunk_rows, NO_SLOT)[n:]
+        fresh = {}
+        for layer, (k_TGK, v_TGK) in self.fresh.items():
+            k_cache, v_cache = self.kv_cache.caches(layer)
+            assert v_cache is not None
+            write_kv(k_TGK, k_cache, slots_T)
+            write_kv(v_TGK, v_cache, slots_T)
+            fresh[layer] = (k_TGK[chunk_rows - n], v_TGK[chunk_rows - n])
+        return AttentionContext(
+            wanted.batch,
+            self.kv_cache,
+            _rows(self.local_rotary, wanted.rows_N),
+            _rows(self.global_rotary, wanted.rows_N),
+            fresh,
+            self.key_weights,
+        )
 
 
 class Attention(nn.Module):
@@ -69,17 +93,19 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(model.hidden_size, num_rows, dtype)
         self.o_proj = Linear(q, model.hidden_size, dtype)
 
-    def forward(self, x_TD: Tensor, context: AttentionContext) -> Tensor:
-        qkv_TN = self.qkv_proj(x_TD)
-        attend = self._local if self.layer.is_local else self._global
-        o_THK = attend(qkv_TN.view(len(x_TD), -1, self.shape.head_dim), context)
+    def store(self, x_TD: Tensor, context: AttentionContext) -> Tensor:
+        """Queries of all rows; new keys and values go to their pages, or wait in `context.fresh`
+        where these may be pages that a chunk still reads."""
+        qkv_TNK = self.qkv_proj(x_TD).view(len(x_TD), -1, self.shape.head_dim)
+        return (self._store_local if self.layer.is_local else self._store_global)(qkv_TNK, context)
+
+    def forward(self, q_THK: Tensor, context: AttentionContext) -> Tensor:
+        """What the queries find, projected: T×D."""
+        o_THK = (self._local if self.layer.is_local else self._global)(q_THK, context)
         out_TD: Tensor = self.o_proj(o_THK.flatten(1))
         return out_TD
 
-    def _local(self, qkv_TNK: Tensor, ctx: AttentionContext) -> Tensor:
-        batch, n, shape = ctx.batch, ctx.batch.num_decode_tokens, self.shape
-        assert shape.window is not None
-        pages = batch.local
+    def _store_local(self, qkv_TNK: Tensor, ctx: AttentionContext) -> Tensor:
         k_cache, v_cache = ctx.kv_cache.caches(self.layer.kv_layer)
         assert v_cache is not None
         q_THK, k_TGK, v_TGK = rotate_and_store_local(
@@ -91,11 +117,34 @@ class Attention(nn.Module):
             *ctx.local_rotary,
             k_cache,
             v_cache,
-            pages.slot_mapping_T,
-            num_stored=n,
+            ctx.batch.local.slot_mapping_T,
+            num_stored=ctx.batch.num_decode_tokens,
         )
         if k_TGK is not None and v_TGK is not None:
             ctx.fresh[self.layer.index] = (k_TGK, v_TGK)
+        return q_THK
+
+    def _store_global(self, qkv_TNK: Tensor, ctx: AttentionContext) -> Tensor:
+        if self.layer.owns_kv:
+            ctx.key_weights[self.layer.index] = self.k_norm.weight
+        return rotate_and_store_global(
+            qkv_TNK,
+            self.qkv_shape,
+            self.eps,
+            self.q_norm.weight,
+            ctx.key_weights[self.layer.kv_layer],
+            *ctx.global_rotary,
+            *ctx.kv_cache.caches(self.layer.kv_layer),
+            ctx.batch.global_.slot_mapping_T,
+            owns_kv=self.layer.owns_kv,
+        )
+
+    def _local(self, q_THK: Tensor, ctx: AttentionContext) -> Tensor:
+        batch, n, shape = ctx.batch, ctx.batch.num_decode_tokens, self.shape
+        assert shape.window is not None
+        pages = batch.local
+        k_cache, v_cache = ctx.kv_cache.caches(self.layer.kv_layer)
+        assert v_cache is not None
         decoded = self._decode(q_THK[:n], k_cache, v_cache, pages.page_table_SP, batch)
         if not batch.has_chunks:
             return _joined(decoded)
@@ -121,24 +170,10 @@ class Attention(nn.Module):
             del ctx.fresh[self.layer.kv_layer]
         return _joined(decoded, prefilled)
 
-    def _global(self, qkv_TNK: Tensor, ctx: AttentionContext) -> Tensor:
+    def _global(self, q_THC: Tensor, ctx: AttentionContext) -> Tensor:
         batch, n, shape = ctx.batch, ctx.batch.num_decode_tokens, self.shape
         pages = batch.global_
         k_cache, v_cache = ctx.kv_cache.caches(self.layer.kv_layer)
-        if self.layer.owns_kv:
-            ctx.key_weights[self.layer.index] = self.k_norm.weight
-        q_THC = rotate_and_store_global(
-            qkv_TNK,
-            self.qkv_shape,
-            self.eps,
-            self.q_norm.weight,
-            ctx.key_weights[self.layer.kv_layer],
-            *ctx.global_rotary,
-            k_cache,
-            v_cache,
-            pages.slot_mapping_T,
-            owns_kv=self.layer.owns_kv,
-        )
         decoded = self._decode(q_THC[:n], k_cache, v_cache, pages.page_table_SP, batch)
         if not batch.has_chunks:
             return _joined(decoded)
@@ -177,6 +212,11 @@ class Attention(nn.Module):
             self.shape.head_dim,
             batch.decode_q_len,
         )
+
+
+def _rows(cos_sin: CosSin, rows_N: Tensor) -> CosSin:
+    cos_TJ, sin_TJ = cos_sin
+    return cos_TJ[rows_N], sin_TJ[rows_N]
 
 
 def _joined(*parts: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
 """What Gemma 3 and Gemma 4 decoders have in common: embeddings, layers, final norm, output head.
 
 Parameter names are those of transformers' text models without the `model.` prefix, with q/k/v and
-gate/up fused. T tokens   D model width   V vocabulary   N rows whose logits are wanted
+gate/up fused. T tokens   D model width   V vocabulary   N rows that are wanted
 """
 
 from typing import cast
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from bezel.engine.batch import Batch
 from bezel.engine.kv_cache import KVCache
-from bezel.engine.layers.attention import AttentionContext
+from bezel.engine.layers.attention import Attention, AttentionContext
 from bezel.engine.layers.embedding import ScaledEmbedding
 from bezel.engine.layers.linear import Linear
 from bezel.engine.layers.norm import RMSNorm
@@ -44,6 +44,32 @@ class Decoder(nn.Module):
         device = self.norm.weight.device
         self.local_frequencies = _frequencies(self.config.local, device)
         self.global_frequencies = _frequencies(self.config.global_, device)
+
+    def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
+        """Hidden states after the final norm, T×D.
+
+        Once the last layer that owns keys and values has stored them, only rows that the batch
+        wants go on; what is returned of the others has no meaning.
+        """
+        context, wanted = self.attention_context(batch, kv_cache), batch.wanted
+        x_TD, normed_TD = self.embed(batch.token_ids_T)
+        per_layer_TLE = self.per_layer_inputs(batch.token_ids_T, x_TD)
+        all_TD, last_owner = normed_TD, max(x.index for x in self.config.layers if x.owns_kv)
+        for i, (layer, next_norm_D) in enumerate(zip(self.layers, self.next_norms(), strict=True)):
+            q_THK = cast(Attention, layer.self_attn).store(normed_TD, context)
+            if wanted is not None and i == last_owner:
+                all_TD, rows_N, context = normed_TD, wanted.rows_N, context.narrowed(wanted)
+                if len(rows_N) == 0:
+                    return all_TD
+                q_THK, x_TD = q_THK[rows_N], x_TD[rows_N]
+                per_layer_TLE = None if per_layer_TLE is None else per_layer_TLE[rows_N]
+            per_layer_TE = None if per_layer_TLE is None else per_layer_TLE[:, i]
+            x_TD, normed_TD = layer(x_TD, q_THK, per_layer_TE, next_norm_D, context)
+        return normed_TD if wanted is None else all_TD.index_copy_(0, wanted.rows_N, normed_TD)
+
+    def per_layer_inputs(self, token_ids_T: Tensor, x_TD: Tensor) -> Tensor | None:
+        """T×L×E: what each layer gets besides the residual stream, if the model has that."""
+        return None
 
     def compute_logits(self, hidden_ND: Tensor) -> Tensor:
         """logits_NV in float32, softcapped where the model has a cap; `hidden_ND` is normed.

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from bezel.engine.batch import Batch
-from bezel.engine.kv_cache import KVCache
 from bezel.engine.layers.attention import Attention, AttentionContext
 from bezel.engine.layers.mlp import GatedMLP
 from bezel.engine.layers.norm import RMSNorm
@@ -26,10 +24,15 @@ class Gemma3Layer(nn.Module):
         self.post_feedforward_layernorm = RMSNorm(dim, eps)
 
     def forward(
-        self, x_TD: Tensor, normed_TD: Tensor, next_norm_D: Tensor, context: AttentionContext
+        self,
+        x_TD: Tensor,
+        q_THK: Tensor,
+        per_layer_TE: None,
+        next_norm_D: Tensor,
+        context: AttentionContext,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream and its norm for this layer → the same for the next one."""
-        attended = self.self_attn(normed_TD, context)
+        """The residual stream and this layer's queries → the stream and its norm for the next."""
+        attended = self.self_attn(q_THK, context)
         x_TD, normed = self.post_attention_layernorm.add(
             attended, x_TD, None, self.pre_feedforward_layernorm.weight
         )
@@ -46,14 +49,6 @@ class Gemma3Decoder(Decoder):
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__(config, dtype)
         self.layers = nn.ModuleList(Gemma3Layer(config, layer, dtype) for layer in config.layers)
-
-    def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """Hidden states after the final norm, T×D."""
-        context = self.attention_context(batch, kv_cache)
-        x_TD, normed_TD = self.embed(batch.token_ids_T)
-        for layer, next_norm_D in zip(self.layers, self.next_norms(), strict=True):
-            x_TD, normed_TD = layer(x_TD, normed_TD, next_norm_D, context)
-        return normed_TD
 
     def convert(self, name: str, tensor: Tensor) -> Tensor:
         return tensor.float() + 1.0 if name.endswith("norm.weight") else tensor

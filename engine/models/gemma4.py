@@ -9,8 +9,6 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from bezel.engine.batch import Batch
-from bezel.engine.kv_cache import KVCache
 from bezel.engine.layers.attention import Attention, AttentionContext
 from bezel.engine.layers.embedding import ScaledEmbedding
 from bezel.engine.layers.linear import Linear
@@ -62,13 +60,13 @@ class Gemma4Layer(nn.Module):
     def forward(
         self,
         x_TD: Tensor,
-        normed_TD: Tensor,
+        q_THK: Tensor,
         per_layer_TE: Tensor | None,
         next_norm_D: Tensor,
         context: AttentionContext,
     ) -> tuple[Tensor, Tensor]:
-        """The residual stream and its norm for this layer → the same for the next one."""
-        attended = self.self_attn(normed_TD, context)
+        """The residual stream and this layer's queries → the stream and its norm for the next."""
+        attended = self.self_attn(q_THK, context)
         x_TD, normed_NTD = add_rms_norm(
             attended,
             self.post_attention_layernorm.weight,
@@ -146,24 +144,10 @@ class Gemma4Decoder(Decoder):
         device = self.norm.weight.device
         self.half_1 = torch.full((1,), 2.0**-0.5, dtype=torch.float32, device=device)
 
-    def forward(self, batch: Batch, kv_cache: KVCache) -> Tensor:
-        """Hidden states after the final norm, T×D."""
-        context = self.attention_context(batch, kv_cache)
-        x_TD, normed_TD = self.embed(batch.token_ids_T)
-        per_layer_LTE = self._per_layer_inputs(batch.token_ids_T, x_TD)
-        for layer, per_layer_TE, next_norm_D in zip(
-            self.layers, per_layer_LTE, self.next_norms(), strict=True
-        ):
-            x_TD, normed_TD = layer(x_TD, normed_TD, per_layer_TE, next_norm_D, context)
-        return normed_TD
-
-    def _per_layer_inputs(
-        self, token_ids_T: Tensor, x_TD: Tensor
-    ) -> tuple[Tensor, ...] | list[None]:
+    def per_layer_inputs(self, token_ids_T: Tensor, x_TD: Tensor) -> Tensor | None:
         """(norm(project(x) · D^-½) + embed(ids) · E^½) · 2^-½, an E-vector per layer and token."""
-        num_layers = len(self.config.layers)
         if not self.config.per_layer_input_size:
-            return [None] * num_layers
+            return None
         width = self.config.per_layer_input_size
         projected = self.per_layer_model_projection(x_TD)
         mixed, _ = self.per_layer_projection_norm.add(
@@ -172,5 +156,4 @@ class Gemma4Decoder(Decoder):
             self.half_1,
             None,
         )
-        inputs: tuple[Tensor, ...] = mixed.view(len(x_TD), num_layers, width).unbind(1)
-        return inputs
+        return mixed.view(len(x_TD), -1, width)

@@ -48,6 +48,27 @@ def _gemma4(num_layers: int = 6, period: int = 3, **overrides: Any) -> Gemma4Tex
     return Gemma4TextConfig(**(settings | overrides))
 
 
+def _gemma3(kinds: list[str]) -> Gemma3TextConfig:
+    return Gemma3TextConfig(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=len(kinds),
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=9,
+        layer_types=kinds,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+        },
+        max_position_embeddings=512,
+        eos_token_id=None,
+    )
+
+
 K_EQ_V: dict[str, Any] = dict(attention_k_eq_v=True, num_global_key_value_heads=1)
 MOE: dict[str, Any] = dict(enable_moe_block=True, num_experts=16, moe_intermediate_size=24)
 
@@ -100,24 +121,9 @@ CONFIGS: dict[str, Callable[[], Gemma3TextConfig | Gemma4TextConfig]] = {
     "only-last-global": lambda: _gemma4(5, 5),
     "top-1": lambda: _gemma4(**MOE, top_k_experts=1),
     "untied-no-softcap": lambda: _gemma4(tie_word_embeddings=False, final_logit_softcapping=None),
-    "gemma3": lambda: Gemma3TextConfig(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=16,
-        query_pre_attn_scalar=24,
-        sliding_window=9,
-        layer_types=(["sliding_attention"] * 2 + ["full_attention"]) * 2,
-        rope_parameters={
-            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-            "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-        },
-        max_position_embeddings=512,
-        eos_token_id=None,
-    ),
+    "gemma3": lambda: _gemma3((["sliding_attention"] * 2 + ["full_attention"]) * 2),
+    # As Gemma 3 1B and 4B.
+    "gemma3-ends-local": lambda: _gemma3(["full_attention"] + ["sliding_attention"] * 3),
 }
 
 
@@ -163,7 +169,7 @@ def tiny(
 
 def make_tiny(name: str, path: Path) -> TinyCheckpoint:
     config = CONFIGS[name]()
-    family = Gemma3ForCausalLM if name == "gemma3" else Gemma4ForCausalLM
+    family = Gemma3ForCausalLM if name.startswith("gemma3") else Gemma4ForCausalLM
     model = family._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     randomize(model, seed=len(name))
     model.save_pretrained(path)

@@ -157,8 +157,14 @@ class Checked:
             self._check_local(s.local_read_table, texts, range(first, last))
         for s in sequences:
             if s.num_tokens > 1:
-                first = max(s.start, s.anchor - self.layout.window + 1)
+                oldest = min(s.anchor, s.end - 1)
+                first = max(s.start, oldest - self.layout.window + 1)
                 self._write(LOCAL, s, first, holders)
+        for s in sequences:
+            # The last query of a chunk, as layers without keys and values see it.
+            texts = texts_of(s.sequence.params.cache_salt, s.sequence.token_ids)
+            seen = range(max(0, s.end - self.layout.window), s.end)
+            self._check_local(s.sequence.pages.local_table, texts, seen)
 
     def _write(self, kind: str, s: ScheduledSequence, first: int, holders: Counter[Page]) -> None:
         pages = s.sequence.pages

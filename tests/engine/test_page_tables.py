@@ -39,6 +39,10 @@ def test_any_chunks_stay_within_the_bound_and_keep_the_window(
         tables.extend(start, end, pool)
         assert pool.used == before + missing == tables.held
         assert tables.held.local <= shape.max_local_pages
+        # What the last query sees is one position more than what stays.
+        seen = range(max(0, end - window) // 16, -(-end // 16))
+        pages = [tables.local_table[i % shape.ring_size] for i in seen]
+        assert len(set(pages)) == len(pages) and set(pages) <= set(tables.local_pages())
         tables.release_slid(pool)
         assert pool.used == tables.held == shape.pages(end)
         pages = [tables.local_table[i % shape.ring_size] for i in shape.local_page_range(end)]

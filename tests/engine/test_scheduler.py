@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bezel.engine.batch import Batch
+from bezel.engine.batch import Batch, WantedRows
 from bezel.engine.config import EngineConfig
 from bezel.engine.kv_layout import KVLayout, PageCount
 from bezel.engine.messages import FinishReason
@@ -313,6 +313,25 @@ class CacheModel:
         for s, row in self._rows(step, batch):
             if s.num_tokens > 1:
                 self._write(self.local, s, batch.local.slot_mapping_T[row].tolist())
+        if batch.wanted is not None:
+            self._check_wanted(step, batch, batch.wanted)
+
+    def _check_wanted(self, step: ScheduledStep, batch: Batch, wanted: WantedRows) -> None:
+        """Each row that is wanted finds what it sees in pages."""
+        sampled = [s for s in step.sequences if s.is_sampled]
+        rows = wanted.rows_N
+        assert batch.sampled_rows_N is not None and rows.equal(batch.sampled_rows_N)
+        assert wanted.batch.num_decodes == len(sampled) == len(wanted.batch.seq_lens_S)
+        for name in ("token_ids_T", "positions_T"):
+            assert getattr(wanted.batch, name).equal(getattr(batch, name)[rows])
+        assert wanted.batch.seq_lens_S.tolist() == [s.end for s in sampled]
+        size = self.layout.local_page_size
+        for i, s in enumerate(sampled):
+            self._check_global(s, wanted.batch.global_.page_table_SP[i].tolist())
+            table = wanted.batch.local.page_table_SP[i].tolist()
+            for position in range(max(0, s.end - self.layout.window), s.end):
+                slot = table[position // size % len(table)] * size + position % size
+                assert self.local[slot] == text_at(s.sequence, position)
 
     def _rows(self, step: ScheduledStep, batch: Batch) -> list[tuple[ScheduledSequence, slice]]:
         assert batch.cu_seqlens_q_C1 is not None
