@@ -47,7 +47,9 @@ def _slab(num_bytes: int) -> Tensor:
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(num_bytes, dtype=torch.uint8)
     size = -(-num_bytes // HUGE_PAGE) * HUGE_PAGE
-    memory = mmap.mmap(-1, size + HUGE_PAGE)
+    # Memory that could be shared, which is what Python takes otherwise, seldom gets huge pages.
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=private)
     memory.madvise(mmap.MADV_HUGEPAGE)
     values = torch.frombuffer(memory, dtype=torch.uint8)
     return values[-values.data_ptr() % HUGE_PAGE :][:size]

@@ -40,17 +40,18 @@ def test_what_is_kept_is_the_same_weight() -> None:
 def test_huge_pages_are_asked_for(num_bytes: int) -> None:
     tensor = WeightMemory().empty(num_bytes)
     assert tensor.data_ptr() % HUGE_PAGE == 0
-    assert "hg" in flags_of_mapping(tensor.data_ptr())
+    access, flags = mapping_of(tensor.data_ptr())
+    assert access == "rw-p" and "hg" in flags  # shared memory has a setting of its own
 
 
-def flags_of_mapping(address: int) -> list[str]:
-    """`VmFlags` of the mapping that has an address."""
-    is_here = False
+def mapping_of(address: int) -> tuple[str, list[str]]:
+    """Access and `VmFlags` of the mapping that has an address."""
+    access = ""
     for line in Path("/proc/self/smaps").read_text().splitlines():
         key, *words = line.split()
         if not key.endswith(":"):
             first, _, end = key.partition("-")
-            is_here = int(first, 16) <= address < int(end, 16)
-        elif is_here and key == "VmFlags:":
-            return words
+            access = words[0] if int(first, 16) <= address < int(end, 16) else ""
+        elif access and key == "VmFlags:":
+            return access, words
     raise AssertionError("no such mapping")
