@@ -105,6 +105,7 @@ class GGUFFile:
         values_NK = dequantize(raw_NB, tensor.type)
         if values_NK is None:
             values_NK = self._dequantize_slowly(tensor, raw_NB)
+        self._release()
         return torch.from_numpy(values_NK.reshape(shape))
 
     def read_int4(
@@ -124,8 +125,14 @@ class GGUFFile:
         parts = split_int4(raw_NB, tensor.type)
         if parts is None:
             return None
+        self._release()
         codes_NK, scale_NG, min_NG = map(torch.from_numpy, parts)
         return codes_NK, scale_NG, min_NG
+
+    def _release(self) -> None:
+        """No longer count what was read as this process's memory; the system goes on caching it."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._data.madvise(mmap.MADV_DONTNEED)
 
     def _raw(self, tensor: GGUFTensor, rows: slice) -> tuple[np.ndarray[Any, Any], tuple[int, ...]]:
         """Bytes by row of the last dimension, and the shape of what they hold."""

@@ -18,7 +18,8 @@ from bezel.engine.gguf import GGUFFile
 if TYPE_CHECKING:
     import torch
 
-    from bezel.kernels.packed import Int4Values
+    from bezel.engine.packing import StoredRows
+    from bezel.kernels.packed import WeightFormat
 
 _ROPE_FREQUENCIES = "rope_freqs.weight"
 _LAYER = re.compile(r"blk\.(\d+)\.(.+)")
@@ -94,32 +95,55 @@ def hf_tensor_types(file: GGUFFile) -> dict[str, tuple[GGMLQuantizationType, ...
 
 
 def iterate_hf_tensors(
-    file: GGUFFile, keep_int4: Callable[[str], bool] = lambda name: False
-) -> Iterator[tuple[str, "torch.Tensor | Int4Values"]]:
-    """Read one tensor after the other, in float32, or in four bits if it is stored so and
-    `keep_int4` of its name says so.
+    file: GGUFFile, format_of: Callable[[str], "WeightFormat | None"] = lambda name: None
+) -> Iterator[tuple[str, "torch.Tensor | StoredRows"]]:
+    """Read one tensor after the other, in float32. A matrix, or a stack of them, that `format_of`
+    its name says will be packed isn't read as a whole: its rows come when they are asked for, in
+    four bits if INT4 is wanted and it is stored so.
 
     Raises:
         CheckpointError: a tensor can't be dequantised, or frequencies that Bezel doesn't apply.
     """
-    import torch
-
-    from bezel.kernels.packed import Int4Values
-
     if _ROPE_FREQUENCIES in file.tensors:
         _check_rope_frequencies(file)
     is_gemma3 = file.metadata.get("general.architecture") == "gemma3"
     for name, parts in hf_tensor_sources(file).items():
-        if len(parts) == 1 and keep_int4(name):
-            in_four_bits = file.read_int4(parts[0])
-            if in_four_bits is not None:
-                shape = file.tensors[parts[0]].shape
-                yield name, Int4Values(*(part.view(*shape[:-1], -1) for part in in_four_bits))
-                continue
-        values = [file.read(part) for part in parts]
+        format = format_of(name)
+        if format is not None:
+            yield name, _stored_rows(file, parts, format)
+            continue
+        values = _read(file, parts, slice(None))
         if is_gemma3 and name.endswith("norm.weight"):
-            values[0] -= 1
-        yield name, values[0] if len(values) == 1 else torch.cat(values, dim=1)
+            values -= 1
+        yield name, values
+
+
+def _stored_rows(file: GGUFFile, parts: list[str], format: "WeightFormat") -> "StoredRows":
+    import torch
+
+    from bezel.engine.packing import StoredRows
+    from bezel.kernels.packed import Int4Values, WeightFormat
+
+    num_rows, *middle, columns = file.tensors[parts[0]].shape
+
+    def read(rows: slice) -> torch.Tensor | Int4Values:
+        if len(parts) == 1 and format is WeightFormat.INT4:
+            in_four_bits = file.read_int4(parts[0], rows)
+            if in_four_bits is not None:
+                shapes = ((-1, *middle, part.shape[-1]) for part in in_four_bits)
+                return Int4Values(*(p.view(s) for p, s in zip(in_four_bits, shapes, strict=True)))
+        return _read(file, parts, rows)
+
+    if middle:
+        middle[0] *= len(parts)
+    return StoredRows(torch.Size((num_rows, *middle, columns)), read)
+
+
+def _read(file: GGUFFile, parts: list[str], rows: slice) -> "torch.Tensor":
+    import torch
+
+    values = [file.read(part, rows) for part in parts]
+    return values[0] if len(values) == 1 else torch.cat(values, dim=1)
 
 
 def _same_shape(file: GGUFFile, gate: str, up: str) -> bool:

@@ -35,14 +35,17 @@ _SPECIAL_TOKENS = {
 }
 
 
-def convert_tokenizer(path: Path, cache_root: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
+def convert_tokenizer(
+    path: Path, cache_root: Path, opened: GGUFFile | None = None
+) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """The tokenizer and the `tokenizer_config.json` of a GGUF file, from the cache if possible.
+
+    `opened` is the same file, whose vocabulary isn't read.
 
     Raises:
         CheckpointError: the file is damaged, or its vocabulary isn't one of Gemma's.
     """
-    file = GGUFFile(path)
-    made_by = f"{file.header_digest()} transformers {version('transformers')}"
+    made_by = f"{(opened or GGUFFile(path)).header_digest()} transformers {version('transformers')}"
     folder = cache_root / "tokenizers" / hashlib.sha256(made_by.encode()).hexdigest()[:32]
     if folder.is_dir():
         try:
@@ -50,6 +53,7 @@ def convert_tokenizer(path: Path, cache_root: Path) -> tuple[tokenizers.Tokenize
         except Exception as error:  # whatever is wrong with it, it can be made again
             logger.warning("Making the damaged tokenizer in %s again: %s", folder, error)
             shutil.rmtree(folder, ignore_errors=True)
+    file = GGUFFile(path)
     tokenizer, config = _convert(file), _tokenizer_config(file.metadata)
     try:
         _store(folder, tokenizer, config)

@@ -41,7 +41,7 @@ def load_tokenizer_files(checkpoint: Checkpoint) -> TokenizerFiles:
 def _load(checkpoint: Checkpoint) -> TokenizerFiles:
     if checkpoint.format == "gguf":
         cache_root = checkpoint.cache_root or default_cache_root()
-        backend, config = convert_tokenizer(checkpoint.path, cache_root)
+        backend, config = convert_tokenizer(checkpoint.path, cache_root, checkpoint.file)
         return TokenizerFiles(backend, _special_tokens(config), config.get("chat_template"))
     directory = checkpoint.path
     config_path = directory / "tokenizer_config.json"

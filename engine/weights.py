@@ -3,8 +3,8 @@
 Published checkpoints name text tensors `model.language_model.…`, older ones
 `language_model.model.…`, text-only ones `model.…`. The audit: every tensor is used, or known to be
 unused (vision and audio towers are reported, not dropped in silence); every parameter is filled;
-every shape is equal. Beside the model there is one tensor in memory at a time, or the parts of one
-packed weight.
+every shape is equal. Beside the model there is one tensor in memory at a time, and of a GGUF file's
+matrices that are packed only some rows.
 """
 
 import logging
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from bezel.engine.errors import CheckpointError
 from bezel.engine.models.decoder import Decoder
-from bezel.engine.packing import Packer
-from bezel.kernels.packed import Int4Values, WeightFormat
+from bezel.engine.packing import Packer, Values
+from bezel.kernels.packed import WeightFormat
 
 logger = logging.getLogger("bezel")
 
@@ -57,7 +57,7 @@ class _Audit:
 
 def load_weights(
     model: Decoder,
-    tensors: Iterable[tuple[str, Tensor | Int4Values]],
+    tensors: Iterable[tuple[str, Values]],
     formats: Mapping[str, WeightFormat] | None = None,
 ) -> None:
     """Copy every tensor to its place, converting to the parameter's dtype; parameters named in
@@ -97,9 +97,7 @@ def _other_modality(checkpoint_name: str) -> str | None:
     return next((prefix for prefix in OTHER_MODALITIES if name.startswith(prefix)), None)
 
 
-def _fill(
-    model: Decoder, packer: Packer, name: str, tensor: Tensor | Int4Values, audit: _Audit
-) -> None:
+def _fill(model: Decoder, packer: Packer, name: str, tensor: Values, audit: _Audit) -> None:
     if model.is_ignorable(name):
         return
     target_name, rows = _target(model, name)
@@ -122,7 +120,9 @@ def _parameter(model: Decoder, name: str) -> nn.Parameter:
     parameter = model.get_parameter(name)
     if parameter.is_meta:
         module, _, leaf = name.rpartition(".")
-        values = torch.empty_like(parameter, device="cpu")
+        # Not `empty_like`: of a meta tensor that is computed in Python, by what takes a second to
+        # import.
+        values = torch.empty(parameter.shape, dtype=parameter.dtype)
         parameter = nn.Parameter(values, requires_grad=False)
         setattr(model.get_submodule(module), leaf, parameter)
     return parameter

@@ -2,13 +2,17 @@
 
 Numba compiles a kernel when it is first called with new types, which takes a second or several, and
 keeps the result on disk for every later process. The folder's name is a digest of these sources:
-code is never taken for that of another version.
+code is never taken for that of another version. Folders that no process has used for a month are
+removed.
 """
 
 import hashlib
 import importlib
+import os
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from bezel.kernels.jit import runs_triton
 
+KEPT_S = 30 * 24 * 3600.0  # a folder of another version since it was last used
 _DTYPES = (torch.bfloat16, torch.float32)
 _PLAIN: ContextVar[bool] = ContextVar("_PLAIN", default=False)
 
@@ -34,9 +39,27 @@ def _cache_folder() -> Path:
     try:
         folder = Path.home() / ".cache" / "bezel" / name
         folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
     except (OSError, RuntimeError):
-        folder = Path(tempfile.mkdtemp(prefix="bezel-"))
+        return Path(tempfile.mkdtemp(prefix="bezel-"))
+    remove_stale(folder)
     return folder
+
+
+def remove_stale(used: Path) -> None:
+    """Remove folders beside `used` whose process began longer than `KEPT_S` ago.
+
+    Other processes may do so at the same time. One that still runs loses nothing but files: Numba
+    takes a missing one for code that isn't there yet, and makes a missing folder anew.
+    """
+    oldest = time.time() - KEPT_S
+    for folder in used.parent.glob("kernels-*"):
+        try:
+            is_stale = folder != used and folder.stat().st_mtime < oldest
+        except OSError:  # somebody else was quicker
+            continue
+        if is_stale:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def threading_layer() -> str:

@@ -13,6 +13,8 @@ from bezel.engine.default_model import default_model_path
 from bezel.engine.errors import CheckpointError
 from bezel.engine.gguf import GGUFFile
 from bezel.engine.gguf_tensors import hf_tensor_name, hf_tensor_sources, iterate_hf_tensors
+from bezel.engine.packing import StoredRows
+from bezel.kernels.packed import Int4Values, WeightFormat
 
 WriteGGUF = Callable[..., Path]
 
@@ -102,6 +104,35 @@ def test_split_expert_projections_are_joined_gate_first(write_gguf: WriteGGUF, o
     assert name == "model.layers.7.experts.gate_up_proj"
     assert joined.tolist() == [[[1.0] * 4] * 3 + [[2.0] * 4] * 3] * 2
     assert len(hf_tensor_sources(file)) == 1
+
+
+def test_what_will_be_packed_is_read_by_rows(write_gguf: WriteGGUF) -> None:
+    random = np.random.default_rng(0).standard_normal
+    gate, up = (random((4, 3, 32)).astype(np.float32) for _ in range(2))
+    tensors = {
+        "blk.0.attn_q.weight": random((5, 64)).astype(np.float32),
+        "blk.0.ffn_gate_exps.weight": gate,
+        "blk.0.ffn_up_exps.weight": up,
+        "blk.0.ffn_down_exps.weight": random((4, 32, 32)).astype(np.float32),
+        "output_norm.weight": np.ones(2, np.float32),
+    }
+    kind = gguf.GGMLQuantizationType.Q4_0
+    file = GGUFFile(write_gguf("gemma4", {}, tensors, dict.fromkeys(list(tensors)[:4], kind)))
+    whole = dict(iterate_hf_tensors(file))
+    formats = {name: WeightFormat.INT4 for name in whole if not name.endswith("norm.weight")}
+    formats["model.layers.0.self_attn.q_proj.weight"] = WeightFormat.INT8
+    read = dict(iterate_hf_tensors(file, formats.get))
+    assert read["model.norm.weight"].tolist() == [1.0, 1.0]
+    kinds = {"q_proj.weight": torch.Tensor, "gate_up_proj": torch.Tensor, "down_proj": Int4Values}
+    for leaf, type_of_values in kinds.items():
+        name = next(name for name in formats if name.endswith(leaf))
+        stored, expected = read[name], whole[name]
+        assert isinstance(stored, StoredRows) and isinstance(expected, torch.Tensor)
+        assert stored.shape == expected.shape
+        values = stored.read(slice(1, 3))
+        assert isinstance(values, type_of_values)
+        values = values.values() if isinstance(values, Int4Values) else values
+        assert torch.equal(values, expected[1:3])
 
 
 def test_half_an_expert_projection_keeps_its_name(write_gguf: WriteGGUF) -> None:

@@ -1,8 +1,13 @@
-"""Kernels run whether or not the system has the OpenMP library that Numba looks for."""
+"""Kernels run whether or not the system has the OpenMP library that Numba looks for; what is left
+of other versions goes."""
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+from bezel.kernels.cpu.jit import KEPT_S, remove_stale
 
 SCRIPT = """
 import sys
@@ -33,3 +38,30 @@ def test_a_system_without_libgomp(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip() != "omp"
+
+
+def test_folders_that_nobody_used_for_long_are_removed(tmp_path: Path) -> None:
+    now = time.time()
+    ages_s = {
+        "kernels-used": 2 * KEPT_S,
+        "kernels-old": KEPT_S + 60,
+        "kernels-young": KEPT_S - 60,
+        "models": 2 * KEPT_S,
+    }
+    for name, age_s in ages_s.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "gemm.nbi").touch()
+        os.utime(tmp_path / name, (now - age_s, now - age_s))
+    remove_stale(tmp_path / "kernels-used")
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["kernels-used", "kernels-young", "models"]
+
+
+def test_a_start_counts_as_use(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "from bezel.kernels.cpu import jit"]
+    environment = {"HOME": str(tmp_path)}
+    subprocess.run(command, env=environment, timeout=120, check=True)
+    [folder] = (tmp_path / ".cache" / "bezel").glob("kernels-*")
+    os.utime(folder, (0, 0))
+    subprocess.run(command, env=environment, timeout=120, check=True)
+    assert folder.stat().st_mtime > time.time() - 600
