@@ -7,11 +7,13 @@ HOST =
 PORT =
 ARGS =
 
+AUDIT = pip-audit==2.10.1
+
 # Its wheel has Gemma 4's chat templates; what it needs to train models isn't wanted.
 TEMPLATES = trl==1.16.0
 
 EXTRAS_serve = cpu,default-model
-EXTRAS_test = $(EXTRAS_serve),plot,test
+EXTRAS_test = $(EXTRAS_serve),otel,plot,test
 EXTRAS_dev = $(EXTRAS_test),dev
 
 # dev brings all that test needs, and test all that serve needs.
@@ -20,7 +22,7 @@ STAMPS_test = $(STAMPS_serve) .venv/.installed-test
 STAMPS_dev = $(STAMPS_test) .venv/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help serve install test check lint types format docs size kernels-aot gpu-check clean
+.PHONY: help serve install test check lint types format docs size audit kernels-aot gpu-check clean
 .NOTPARALLEL:
 
 help: ## list these commands
@@ -54,9 +56,17 @@ format: .venv/.installed-dev ## rewrite the code in the project's format
 docs: .venv/.installed-serve ## write the generated pages and tables in docs anew
 	.venv/bin/python docs/generate.py
 	.venv/bin/python docs/generate_http_api.py
+	.venv/bin/python docs/generate_metrics.py
 
 size: ## lines per folder and module
 	@$(PYTHON) benchmarks/size.py
+
+# Apart from .venv, so that it judges what Bezel needs and not what it needs itself.
+audit: .venv/.installed-serve ## ask an advisory service about known vulnerabilities of what is installed
+	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && \
+	  build/audit/bin/python -m pip install --disable-pip-version-check --quiet $(AUDIT); }
+	build/audit/bin/pip-audit --skip-editable --path "$$(.venv/bin/python -c \
+	  'import sysconfig; print(sysconfig.get_path("purelib"))')" $(ARGS)
 
 kernels-aot: .venv/.installed-test ## compile all kernels for all GPUs, on none: ARGS=--update writes the table anew
 	.venv/bin/python benchmarks/kernels_aot.py $(ARGS)

@@ -30,7 +30,15 @@ from bezel.server.app import create_app
 from bezel.server.chat import Thinking
 from bezel.server.config import ServerConfig
 from bezel.server.control_tokens import ControlTokens
-from bezel.server.errors import DeadlineExceeded, GenerationFailed, ModelNotFound, problem_of
+from bezel.server.errors import (
+    DeadlineExceeded,
+    GenerationFailed,
+    ModelNotFound,
+    ReaderTooSlow,
+    ShuttingDown,
+    TooManyConnections,
+    problem_of,
+)
 from bezel.server.grammars.enforced_schema import FORMATS
 from bezel.server.responses.prompt import REFUSED
 from bezel.server.sampling import thinking_budget
@@ -61,13 +69,19 @@ ERRORS: tuple[tuple[Exception, str], ...] = (
     (GrammarError("", "response_format"), "what the output must be can't be enforced"),
     (HTTPException(400), "the body isn't UTF-8, or is nested too deeply"),
     (HTTPException(401), "the API key is missing or wrong"),
+    (HTTPException(408), "the request didn't come within `--receive-timeout`"),
     (ModelNotFound("x"), "`model` is none of the served names"),
     (HTTPException(404), "there is no such route"),
     (HTTPException(405), "the route has other methods, which `Allow` names"),
     (HTTPException(413), "the body is larger than `--max-body-bytes`"),
     (Overloaded("", 1), "the queue is full; come back after `Retry-After` seconds"),
+    (Overloaded("", 1, "rate_limit_exceeded"), "this API key's share of it is full"),
+    (HTTPException(431), "URL and headers are larger than `--max-header-bytes`"),
+    (ReaderTooSlow(), "only as an event: the stream was read too slowly"),
+    (TooManyConnections(2000), "more connections than `--max-connections`"),
     (GenerationFailed(""), "the engine gave up on the answer"),
     (EngineUnavailable(""), "loading, restarting or shutting down; see `Retry-After`"),
+    (ShuttingDown(), "it was shut down before the answer was done"),
     (DeadlineExceeded(1), "the answer took longer than `timeout` or `--request-timeout`"),
 )
 INTERNAL = ("500", "server_error", "internal_error", "api_error", "a mistake of the server's")

@@ -1,24 +1,21 @@
 """The API process's handle on the engine process: starts it, feeds it, and starts it anew.
 
-One asyncio task reads what the engine sends and hands it to the generator of each request; another
-watches the process. If the process dies every open generator raises `EngineUnavailable` and a new
-process is started, after a pause that doubles with each failure.
+One asyncio task reads what the engine sends and hands it to the generator of each request. If the
+process dies, or says nothing for too long with work pending, every open generator raises
+`EngineUnavailable` and a new process is started, after a pause that doubles with each failure.
 """
 
 import asyncio
 import atexit
 import logging
-import multiprocessing
 import tempfile
 import time
 from collections.abc import AsyncGenerator, Callable
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
-import msgspec
-import zmq
 import zmq.asyncio
 
+from bezel.engine.child import LOOK_S, EngineChild
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import ConfigError, EngineUnavailable, Overloaded
 from bezel.engine.messages import (
@@ -27,6 +24,7 @@ from bezel.engine.messages import (
     FinishReason,
     FinishSequence,
     FromEngine,
+    PrefixStats,
     SequenceOutput,
     Shutdown,
     StartFailed,
@@ -34,14 +32,29 @@ from bezel.engine.messages import (
     StepStats,
     ToEngine,
 )
-from bezel.engine.process import run_engine
+from bezel.engine.patience import hang_timeout_s
 from bezel.engine.sampling_params import SamplingParams
 
 logger = logging.getLogger("bezel")
 
 SHUTDOWN_GRACE_S = 5.0  # for the step under way; after that the process is killed
-LAST_WORDS_S = 0.1  # how long a message of a process that has ended may still be in flight
 MAX_RESTART_PAUSE_S = 30.0
+# An engine that lived for so long has proved that it can: the next one is started at once.
+PROVEN_S = 60.0
+
+_WARM_UP_ID = "warm-up"
+# The state of an engine that isn't there.
+_NOTHING = StepStats(
+    num_running=0,
+    num_waiting=0,
+    local_pages_used=0,
+    global_pages_used=0,
+    num_prefill_tokens=0,
+    num_decode_tokens=0,
+    num_preemptions=0,
+    prefix=PrefixStats(),
+    step_seconds=0.0,
+)
 
 _Stream = asyncio.Queue[SequenceOutput | EngineUnavailable]
 
@@ -55,15 +68,17 @@ class EngineClient:
         self._limit = config.max_num_seqs + config.max_num_queued_reqs
         self._streams: dict[str, _Stream] = {}
         self._info: EngineInfo | None = None
-        self._process: SpawnProcess | None = None
-        self._gone: asyncio.Task[None] | None = None
-        self._socket: zmq.asyncio.Socket | None = None
+        self._child: EngineChild | None = None
         self._context = zmq.asyncio.Context()
         self._folder = tempfile.TemporaryDirectory(prefix="bezel-")
         self._supervisor: asyncio.Task[None] | None = None
         self._is_ready = False
         self._is_closing = False
+        # An answer is due: a step, or word that there is nothing left to do.
+        self._is_due = False
         self._last_heard = time.monotonic()
+        self._silent_s = 0.0
+        self._is_hung = False
         self.num_restarts = 0
 
     @property
@@ -78,8 +93,10 @@ class EngineClient:
 
     @property
     def step_age_s(self) -> float:
-        """Seconds since the engine was last heard of while work is pending; 0 when idle."""
-        return time.monotonic() - self._last_heard if self._streams else 0.0
+        """Seconds since the engine was last heard of with work pending, or was lost and couldn't be
+        replaced yet; 0 when idle."""
+        is_lost = self._supervisor is not None and not self._is_ready
+        return time.monotonic() - self._last_heard if self._is_due or is_lost else 0.0
 
     def launch(self) -> None:
         """Begin the process ahead of `start`: until then it imports what it needs, for a second or
@@ -91,12 +108,14 @@ class EngineClient:
         atexit.register(self._abandon)
 
     async def start(self) -> None:
-        """Have the process load the model, and wait until it has; launches it if that wasn't done.
+        """Have the process load the model and compute a first token, and wait until it has;
+        launches it if that wasn't done.
 
         Raises:
             ConfigError: the engine can't start with this configuration.
+            EngineUnavailable: the process died, or its first token couldn't be had.
         """
-        if self._process is None:
+        if self._child is None:
             self.launch()
         await self._load()
         self._supervisor = asyncio.create_task(self._supervise(), name="engine-supervisor")
@@ -114,9 +133,7 @@ class EngineClient:
         """
         self._check_admission()
         stream = self._streams[request_id] = asyncio.Queue()
-        if len(self._streams) == 1:
-            self._last_heard = time.monotonic()
-        self._send(AddSequence(request_id, prompt_ids, params))
+        self._ask(AddSequence(request_id, prompt_ids, params))
         try:
             while True:
                 output = await stream.get()
@@ -131,18 +148,19 @@ class EngineClient:
     def finish(self, request_id: str, reason: FinishReason) -> None:
         """End a sequence early; nothing happens if it has already ended."""
         if self._streams.pop(request_id, None) is not None and self._is_ready:
-            self._send(FinishSequence(request_id, reason))
+            self._ask(FinishSequence(request_id, reason))
 
-    async def shutdown(self) -> None:
-        """End the process, kindly first; open generators raise `EngineUnavailable`."""
+    async def shutdown(self, grace_s: float = SHUTDOWN_GRACE_S) -> None:
+        """End the process, kindly first, for `grace_s`; open generators raise
+        `EngineUnavailable`."""
         self._is_closing = True
         if self._supervisor is not None:
             self._supervisor.cancel()
             await asyncio.gather(self._supervisor, return_exceptions=True)
         self._fail_streams("The server is shutting down.")
-        if self._is_ready and self._process is not None:
-            self._send(Shutdown())
-            await asyncio.to_thread(self._process.join, SHUTDOWN_GRACE_S)
+        if self._is_ready and self._child is not None:
+            self._child.send(Shutdown())
+            await self._child.join(grace_s)
         await self._reap()
         atexit.unregister(self._abandon)
         self._context.destroy(linger=0)
@@ -156,23 +174,14 @@ class EngineClient:
 
     def _spawn(self) -> None:
         """Start a process that waits for its configuration."""
-        address = f"ipc://{Path(self._folder.name) / f'engine-{self.num_restarts}'}"
-        self._socket = self._context.socket(zmq.PAIR)
-        self._socket.set_hwm(0)
-        self._socket.bind(address)
-        # A spawned process starts clean: forking one with threads and an event loop would not.
-        spawn = multiprocessing.get_context("spawn")
-        process = spawn.Process(
-            target=run_engine, args=(address,), name="bezel-engine", daemon=True
-        )
-        process.start()
-        self._process = process
-        self._gone = asyncio.create_task(_end_of(self._process), name="engine-watch")
+        path = Path(self._folder.name) / f"engine-{self.num_restarts}"
+        self._child = EngineChild(self._context, f"ipc://{path}")
 
     async def _load(self) -> None:
-        """Send the configuration, and take the answer to it."""
-        assert self._socket is not None
-        self._socket.send(msgspec.msgpack.encode(self._config))
+        """Send the configuration, take the answer to it, and have a first token computed."""
+        assert self._child is not None
+        self._is_due = self._is_hung = False  # loading takes as long as it takes
+        self._child.send(self._config)
         message = await self._receive()
         if message is None:
             raise EngineUnavailable("The engine process ended while loading; see its log above.")
@@ -180,50 +189,94 @@ class EngineClient:
             raise ConfigError(message.message)
         assert isinstance(message, EngineInfo)
         self._info = message
+        await self._warm_up(message)
         self._is_ready = True
+
+    async def _warm_up(self, info: EngineInfo) -> None:
+        """Have the whole way to a token and back gone once, with nobody waiting for it.
+
+        The first prompt makes what is made on demand, and shows that the model can be computed.
+        """
+        params = SamplingParams(max_tokens=min(2, info.max_model_len - 1))
+        self._ask(AddSequence(_WARM_UP_ID, [min(2, info.vocab_size - 1)], params))
+        is_finished = False
+        while not is_finished:
+            message = await self._receive()
+            if message is None:
+                raise EngineUnavailable("The engine process ended at its first token.")
+            assert isinstance(message, StepOutput)
+            for output in message.outputs:
+                if output.finish_reason is FinishReason.ERROR:
+                    raise EngineUnavailable("The engine can't compute a first token.")
+                is_finished = is_finished or output.finish_reason is not None
+        self._is_due = False
 
     async def _supervise(self) -> None:
         """Read until the process is gone, then replace it; for as long as the server lives."""
+        pause_s = 0.0
         while True:
-            try:
-                while (message := await self._receive()) is not None:
-                    assert isinstance(message, StepOutput)
-                    self._take(message)
-            except Exception:
-                # Our own mistake, but streams must not wait for ever for nobody to read.
-                logger.exception("what the engine sent could not be taken")
+            started = time.monotonic()
+            await self._read()
             self._is_ready = False
-            logger.error("the engine process ended unexpectedly; starting it again")
-            self._fail_streams("The engine stopped unexpectedly and is being restarted.")
-            await self._restart()
+            self._last_heard = time.monotonic()
+            what = "hung" if self._is_hung else "stopped unexpectedly"
+            logger.error("the engine process %s; starting it again", what)
+            self._fail_streams(f"The engine {what} and is being restarted.")
+            has_proved = time.monotonic() - started > PROVEN_S
+            pause_s = 0.0 if has_proved else pause_s
+            pause_s = await self._restart(pause_s)
 
-    async def _restart(self) -> None:
-        pause_s = 1.0
-        while not self._is_ready:
+    async def _read(self) -> None:
+        """Hand out what the engine sends, until it is gone."""
+        try:
+            while (message := await self._receive()) is not None:
+                assert isinstance(message, StepOutput)
+                self._take(message)
+            self._on_step(_NOTHING)
+        except Exception:
+            # Our own mistake, but streams must not wait for ever for nobody to read.
+            logger.exception("what the engine sent could not be taken")
+
+    async def _restart(self, pause_s: float) -> float:
+        """Replace the process, after a pause and after a longer one whenever that fails; returns
+        the pause before the next one, should it not last."""
+        while True:
             await self._reap()
+            await asyncio.sleep(pause_s)
+            pause_s = min(max(1.0, 2 * pause_s), MAX_RESTART_PAUSE_S)
             self.num_restarts += 1
             try:
                 self._spawn()
                 await self._load()
+                return pause_s
             except (EngineUnavailable, ConfigError, OSError) as error:
                 logger.error("engine restart failed, next try in %.0f s: %s", pause_s, error)
-                await asyncio.sleep(pause_s)
-                pause_s = min(2 * pause_s, MAX_RESTART_PAUSE_S)
+            except Exception:
+                # Our own mistake; giving up would leave a server that never gets ready.
+                logger.exception("engine restart failed, next try in %.0f s", pause_s)
 
     async def _receive(self) -> FromEngine | None:
         """The next message, or None once the process is gone and has nothing left to say."""
-        assert self._socket is not None and self._gone is not None
-        received = asyncio.ensure_future(self._socket.recv())
-        await asyncio.wait((received, self._gone), return_when=asyncio.FIRST_COMPLETED)
-        if not received.done():
-            # Last words may still be on their way through the socket.
-            await asyncio.wait((received,), timeout=LAST_WORDS_S)
-        if not received.done():
-            received.cancel()
-            return None
-        message: FromEngine = msgspec.msgpack.decode(received.result(), type=FromEngine)
-        self._last_heard = time.monotonic()
+        assert self._child is not None
+        message = await self._child.receive(self._look)
+        if message is not None:
+            self._last_heard = time.monotonic()
+            self._silent_s = 0.0
         return message
+
+    def _look(self) -> None:
+        """End the process if it has been silent for too long, which it never is while it works."""
+        # Summed up look by look, not read off a clock: while this process was stopped, the engine
+        # may have been stopped too.
+        self._silent_s = self._silent_s + LOOK_S if self._is_due else 0.0
+        if self._info is None or self._is_hung:
+            return
+        timeout_s = hang_timeout_s(self._config, self._info)
+        if 0 < timeout_s <= self._silent_s:
+            assert self._child is not None
+            logger.error("the engine has said nothing for %.0f s; ending it", self._silent_s)
+            self._is_hung = True
+            self._child.kill()
 
     def _take(self, step: StepOutput) -> None:
         self._on_step(step.stats)
@@ -233,48 +286,26 @@ class EngineClient:
                 stream.put_nowait(output)
                 if output.finish_reason is not None:
                     del self._streams[output.request_id]
+        self._is_due = bool(self._streams)
 
     def _fail_streams(self, message: str) -> None:
         for stream in self._streams.values():
             stream.put_nowait(EngineUnavailable(message))
         self._streams.clear()
 
-    def _send(self, message: ToEngine) -> None:
-        assert self._socket is not None
-        # Without a high-water mark the message is queued at once; there is nothing to wait for.
-        self._socket.send(msgspec.msgpack.encode(message))
+    def _ask(self, message: ToEngine) -> None:
+        """Send what the engine answers, with a step or with its state."""
+        assert self._child is not None
+        if not self._is_due:
+            self._is_due, self._last_heard = True, time.monotonic()
+        self._child.send(message)
 
     def _abandon(self) -> None:
-        if self._process is not None:
-            self._process.kill()
+        if self._child is not None:
+            self._child.kill()
         self._context.destroy(linger=0)
 
     async def _reap(self) -> None:
-        if self._gone is not None:
-            self._gone.cancel()
-            await asyncio.gather(self._gone, return_exceptions=True)
-            self._gone = None
-        if self._process is not None:
-            self._process.kill()
-            self._process.join()
-            self._process.close()
-            self._process = None
-        if self._socket is not None:
-            self._socket.close(linger=0)
-            self._socket = None
-
-
-async def _end_of(process: SpawnProcess) -> None:
-    """Wait until a process has ended, which makes its sentinel readable."""
-    loop, sentinel = asyncio.get_running_loop(), process.sentinel
-    ended = loop.create_future()
-
-    def on_readable() -> None:
-        loop.remove_reader(sentinel)
-        ended.set_result(None)
-
-    loop.add_reader(sentinel, on_readable)
-    try:
-        await ended
-    finally:
-        loop.remove_reader(sentinel)
+        child, self._child = self._child, None
+        if child is not None:
+            await child.close()

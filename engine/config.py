@@ -4,11 +4,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bezel.engine.errors import ConfigError
+from bezel.engine.logs import LogSettings
 
 
 def option(default: Any, help_text: str, **metadata: Any) -> Any:
-    """A dataclass field that is also a command line flag and a `BEZEL_*` variable."""
-    return field(default=default, metadata={"help": help_text, **metadata})
+    """A dataclass field that is also a command line flag and a `BEZEL_*` variable; with `secret`
+    its value is shown nowhere."""
+    is_shown = not metadata.get("secret", False)
+    return field(default=default, repr=is_shown, metadata={"help": help_text, **metadata})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +19,7 @@ class EngineConfig:
     """How the engine loads and runs one model."""
 
     model: str = "default"
+    logs: LogSettings = field(default_factory=LogSettings)
     dtype: str = option(
         "auto",
         "Number format of weights, activations and KV pages",
@@ -35,6 +39,16 @@ class EngineConfig:
     max_num_seqs: int = option(128, "Most sequences in one step")
     max_num_queued_reqs: int = option(
         1024, "Requests that may wait beyond the running ones; more get 429 with Retry-After"
+    )
+    max_num_queued_tokens: int = option(
+        2_000_000,
+        "Prompt tokens that may wait for the first token of their answers; more get 429 with "
+        "Retry-After, unless nobody else waits",
+    )
+    engine_hang_timeout: int | None = option(
+        None,
+        "Seconds the engine may say nothing with work pending before its process is ended and "
+        "started anew; 0 for any number [default: 300, and more on a CPU with a large model]",
     )
     max_num_batched_tokens: int = option(2048, "Token budget of one step, prefill chunks included")
     long_prefill_token_threshold: int = option(
@@ -80,6 +94,8 @@ class EngineConfig:
         """
         _at_least(1, "--max-num-seqs", self.max_num_seqs)
         _at_least(0, "--max-num-queued-reqs", self.max_num_queued_reqs)
+        _at_least(1, "--max-num-queued-tokens", self.max_num_queued_tokens)
+        _at_least(0, "--engine-hang-timeout", self.engine_hang_timeout or 0)
         _at_least(self.max_num_seqs, "--max-num-batched-tokens", self.max_num_batched_tokens)
         _at_least(0, "--long-prefill-token-threshold", self.long_prefill_token_threshold)
         _at_least(0, "--max-num-mixed-prefill-tokens", self.max_num_mixed_prefill_tokens)

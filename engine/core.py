@@ -3,6 +3,7 @@
 Scheduler.schedule → ScheduledStep → ModelRunner.run → Sampler.draw → Scheduler.commit → StepOutput
 """
 
+import os
 import time
 from collections.abc import Sequence as SequenceOf
 from functools import cached_property
@@ -56,6 +57,7 @@ class Engine:
             token_id for token_id in eos_token_ids(self.checkpoint) if token_id < vocab_size
         )
         self._num_added = 0
+        self._arrivals: dict[str, float] = {}  # of those that no step has begun with
 
     @property
     def info(self) -> EngineInfo:
@@ -72,6 +74,12 @@ class Engine:
             global_pages_total=self.pool.total.global_,
             local_page_bytes=layout.local_page_bytes,
             global_page_bytes=layout.global_page_bytes,
+            local_page_size=layout.local_page_size,
+            global_page_size=layout.global_page_size,
+            enable_prefix_caching=self.config.enable_prefix_caching,
+            gpu_memory_bytes=self.runner.gpu_memory_bytes,
+            pid=os.getpid(),
+            startup_seconds=self.runner.startup_seconds,
         )
 
     @cached_property
@@ -125,9 +133,11 @@ class Engine:
             grammar=grammar,
         )
         self.scheduler.add(sequence)
+        self._arrivals[request.request_id] = time.perf_counter()
 
     def finish(self, request_id: str, reason: FinishReason) -> None:
         """End a sequence in any phase; nothing happens if it has already ended."""
+        self._arrivals.pop(request_id, None)
         self.scheduler.finish(request_id, reason)
 
     @torch.inference_mode()
@@ -136,11 +146,15 @@ class Engine:
         started = time.perf_counter()
         step = self.scheduler.schedule()
         assert step.sequences, "there is work, but nothing could be scheduled"
+        scheduled = time.perf_counter()
         logits_NV, prompt_logprobs = self.runner.run(step)
         draws = self.sampler.draw(logits_NV, step.sampled)
         token_ids, logprobs = draws.fetch()
         pieces = {} if prompt_logprobs is None else prompt_logprobs.fetch()
+        computed = time.perf_counter()
         sampled = self.scheduler.commit(step, token_ids)
+        model_s, commit_s = computed - scheduled, time.perf_counter() - computed
+        queued = self._queue_seconds(step, started)
         outputs = [
             SequenceOutput(
                 request_id=sequence.request_id,
@@ -149,14 +163,21 @@ class Engine:
                 logprobs=[logprobs[row]] if row in logprobs and token_id is not None else [],
                 prompt_logprobs=pieces.pop(sequence.request_id, []),
                 num_cached_tokens=_cached_tokens_to_tell(sequence),
+                queue_seconds=queued.pop(sequence.request_id, None),
             )
             for row, (sequence, token_id) in enumerate(zip(sampled, token_ids, strict=True))
         ]
         outputs += [
-            SequenceOutput(request_id=request_id, token_ids=[], prompt_logprobs=piece)
-            for request_id, piece in pieces.items()
+            SequenceOutput(
+                request_id=request_id,
+                token_ids=[],
+                prompt_logprobs=pieces.get(request_id, []),
+                queue_seconds=queued.get(request_id),
+            )
+            for request_id in dict.fromkeys([*pieces, *queued])
         ]
-        stats = self._stats(step, time.perf_counter() - started)
+        schedule_s = scheduled - started + commit_s
+        stats = self._stats(step, time.perf_counter() - started, schedule_s, model_s)
         return StepOutput(outputs=outputs, stats=stats)
 
     def report(self) -> StepOutput:
@@ -176,7 +197,16 @@ class Engine:
                 tokens[output.request_id] += output.token_ids
         return list(tokens.values())
 
-    def _stats(self, step: ScheduledStep, step_s: float) -> StepStats:
+    def _queue_seconds(self, step: ScheduledStep, now: float) -> dict[str, float]:
+        """How long those waited whose first step it is."""
+        if not self._arrivals:
+            return {}
+        ids = [scheduled.sequence.request_id for scheduled in step.sequences]
+        return {i: now - self._arrivals.pop(i) for i in ids if i in self._arrivals}
+
+    def _stats(
+        self, step: ScheduledStep, step_s: float, schedule_s: float = 0.0, model_s: float = 0.0
+    ) -> StepStats:
         used, sharing = self.pool.used - self.pool.idle, self.scheduler.sharing
         num_prefill = sum(s.num_tokens for s in step.sequences if s.is_prefill)
         return StepStats(
@@ -197,6 +227,8 @@ class Engine:
                 num_global_hit_tokens=sharing.num_global_hit_tokens,
             ),
             step_seconds=step_s,
+            schedule_seconds=schedule_s,
+            model_seconds=model_s,
         )
 
 

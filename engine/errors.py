@@ -4,7 +4,7 @@
     ├── InvalidRequest        the request is wrong                       → 400
     │   ├── PromptTooLong     the prompt leaves no room for an answer    → 400
     │   └── GrammarError      what the output must keep to can't be kept → 400
-    ├── Overloaded            the bounded queue is full                  → 429
+    ├── Overloaded            the queue, or a key's share of it, is full → 429
     ├── EngineUnavailable     the engine process died or is restarting   → 503
     └── ConfigError           a flag or the checkpoint is wrong          → start-up ends
         └── CheckpointError   the checkpoint can't be found, read or used
@@ -48,11 +48,16 @@ class GrammarError(InvalidRequest):
 
 
 class Overloaded(BezelError):
-    """The waiting queue is full; try again after `retry_after_s` seconds."""
+    """There is no place for the request; try again after `retry_after_s` seconds.
 
-    def __init__(self, message: str, retry_after_s: int) -> None:
+    `code` tells clients whether all are too many ("slow_down"), or they alone are
+    ("rate_limit_exceeded").
+    """
+
+    def __init__(self, message: str, retry_after_s: int, code: str = "slow_down") -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.code = code
 
 
 class EngineUnavailable(BezelError):

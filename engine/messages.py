@@ -36,7 +36,10 @@ class Shutdown(msgspec.Struct, frozen=True, tag=True):
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Sent once, when the engine can take sequences."""
+    """Sent once, when the engine can take sequences.
+
+    Page sizes are in tokens; `startup_seconds` has the names of `metric_families.StartupPhase`.
+    """
 
     max_model_len: int
     vocab_size: int
@@ -49,6 +52,12 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     global_pages_total: int
     local_page_bytes: int
     global_page_bytes: int
+    local_page_size: int = 0
+    global_page_size: int = 0
+    enable_prefix_caching: bool = True
+    gpu_memory_bytes: int = 0
+    pid: int = 0
+    startup_seconds: dict[str, float] = {}
 
 
 class StartFailed(msgspec.Struct, frozen=True, tag=True):
@@ -74,7 +83,8 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     `logprobs` has an entry for each of `token_ids` if they were asked for. `prompt_logprobs` come
     in pieces, in order, before or with the first token: an entry for each token of the prompt but
     the first, which nothing predicts. `num_cached_tokens` of the prompt were found in the prefix
-    cache, told with the first token.
+    cache, told with the first token. `queue_seconds` comes once, after the sequence's first step:
+    how long it had waited for that, in an output without tokens if the step brought none.
     """
 
     request_id: str
@@ -83,6 +93,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
     num_cached_tokens: int = 0
+    queue_seconds: float | None = None
 
 
 class PrefixStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,7 +111,10 @@ class PrefixStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
-    """State of the engine after a step, and what the step cost; no tokens means no step."""
+    """State of the engine after a step, and what the step cost; no tokens means no step.
+
+    Of `step_seconds`, the scheduler took `schedule_seconds`, model and sampling `model_seconds`.
+    """
 
     num_running: int
     num_waiting: int
@@ -111,6 +125,8 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     num_preemptions: int
     prefix: PrefixStats
     step_seconds: float
+    schedule_seconds: float = 0.0
+    model_seconds: float = 0.0
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -22,7 +22,7 @@ from bezel.engine.logprobs import PromptLogprobs
 from bezel.engine.memory import DeviceMemory, arena_bytes, max_model_len
 from bezel.engine.model_config import ModelConfig
 from bezel.engine.models.registry import build_model
-from bezel.engine.packing import bfloat16_matrices, with_whole_experts
+from bezel.engine.packing import Values, bfloat16_matrices, with_whole_experts
 from bezel.engine.quantization import choose_formats, parameter_of, stored_types
 from bezel.engine.scheduler import ScheduledStep
 from bezel.engine.warm_up import warm_up_model
@@ -30,13 +30,16 @@ from bezel.engine.weights import load_weights, text_name
 from bezel.kernels.cpu.jit import set_num_threads
 from bezel.kernels.cpu.program import threads_run_together
 from bezel.kernels.cpu.rows import FEW_VALUES
-from bezel.kernels.packed import Int4Values, WeightFormat
+from bezel.kernels.packed import WeightFormat
 
 logger = logging.getLogger("bezel")
 
 
 class ModelRunner:
-    """A loaded model. `layout`, `arena_bytes` and `max_model_len` say what its cache can hold."""
+    """A loaded model. `layout`, `arena_bytes` and `max_model_len` say what its cache can hold.
+
+    `startup_seconds` tells what loading and warming up took.
+    """
 
     def __init__(self, config: EngineConfig, checkpoint: Checkpoint) -> None:
         self.model_config = ModelConfig.from_hf(checkpoint.config)
@@ -45,7 +48,10 @@ class ModelRunner:
         started = time.monotonic()
         is_cpu = self.device.type == "cpu"
         if is_cpu:
-            set_num_threads(min(num_threads(), torch.get_num_threads()))
+            threads = min(num_threads(), torch.get_num_threads())
+            # The API process reads its tokenizer meanwhile, and a thread that waits for a core
+            # holds up all others: with both of two cores, loading took half as long again.
+            set_num_threads(max(1, threads // 2))
         memory = torch.device("meta") if is_cpu else self.device
         self.model = build_model(self.model_config, self.dtype, memory)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
@@ -54,8 +60,11 @@ class ModelRunner:
             formats = bfloat16_matrices(self.model) | formats
         formats = with_whole_experts(formats)
         load_weights(self.model, _with_progress(checkpoint, formats), formats)
+        if is_cpu:
+            set_num_threads(threads)
         self.model.after_loading()
-        logger.info("loaded %s in %.1f s", checkpoint.name, time.monotonic() - started)
+        self.startup_seconds = {"weights": time.monotonic() - started}
+        logger.info("loaded %s in %.1f s", checkpoint.name, self.startup_seconds["weights"])
         self.layout = KVLayout.for_model(self.model_config, self.dtype.itemsize, config.block_size)
         num_bytes = arena_bytes(
             config,
@@ -70,10 +79,17 @@ class ModelRunner:
         self.kv_cache = KVCache(self.model_config, self.layout, num_bytes, self.dtype, self.device)
         self.decode_graphs: DecodeGraphs | None = None
         self.decode_programs: DecodePrograms | None = None
+        started = time.monotonic()
         if self.device.type == "cuda":
             self._warm_up(config)
         else:
             self._warm_up_cpu(config)
+        self.startup_seconds["warm_up"] = time.monotonic() - started
+
+    @property
+    def gpu_memory_bytes(self) -> int:
+        """What the allocator holds of a GPU's memory; 0 on a CPU."""
+        return torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else 0
 
     @torch.inference_mode()
     def run(self, step: ScheduledStep) -> tuple[Tensor, PromptLogprobs | None]:
@@ -159,14 +175,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def _with_progress(
     checkpoint: Checkpoint, formats: Mapping[str, WeightFormat]
-) -> Iterable[tuple[str, Tensor | Int4Values]]:
+) -> Iterable[tuple[str, Values]]:
     """The checkpoint's tensors, behind a bar on a terminal."""
 
-    def keep_int4(name: str) -> bool:
-        return formats.get(parameter_of(text_name(name))) is WeightFormat.INT4
+    def format_of(name: str) -> WeightFormat | None:
+        return formats.get(parameter_of(text_name(name)))
 
-    bar: Iterable[tuple[str, Tensor | Int4Values]] = tqdm(
-        iterate_tensors(checkpoint, keep_int4),
+    bar: Iterable[tuple[str, Values]] = tqdm(
+        iterate_tensors(checkpoint, format_of),
         total=num_tensors(checkpoint),
         desc="Loading weights",
         unit="tensor",

@@ -7,6 +7,7 @@ It ends when told to, or when its parent is gone.
 import logging
 import multiprocessing
 import signal
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -14,6 +15,8 @@ import zmq
 
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import BezelError, ConfigError
+from bezel.engine.lazy_imports import import_torch
+from bezel.engine.logs import hold_lines, last_words, start_logging
 from bezel.engine.messages import (
     AddSequence,
     FinishReason,
@@ -39,30 +42,36 @@ def run_engine(address: str) -> None:
 
     The first message is an `EngineConfig`. What has to be imported is imported before it comes.
     """
+    started = time.monotonic()
     # Ctrl-C reaches every process of a terminal, and a service manager's SIGTERM every process of
     # a service; when to stop is the parent's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    held = hold_lines()
+    import_torch()
     # Here, not above: the API process imports this module too, and stays free of torch.
     from bezel.engine.core import Engine
     from bezel.engine.planning.machine import plan_of
     from bezel.engine.planning.report import gist
 
-    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+    startup_seconds = {"imports": time.monotonic() - started}
+    with last_words(), zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.set_hwm(0)
         socket.connect(address)
         message = _next_message(socket)
         if message is None:
             return
+        config = msgspec.msgpack.decode(message, type=EngineConfig)
+        start_logging("engine", config.logs, held=held)
         try:
-            engine = Engine(msgspec.msgpack.decode(message, type=EngineConfig))
+            engine = Engine(config)
         except ConfigError as error:
             _send(socket, StartFailed(error.message))
             return
         for line in gist(plan_of(engine)):
             logger.info(line)
-        _send(socket, engine.info)
+        startup_seconds |= engine.info.startup_seconds
+        _send(socket, msgspec.structs.replace(engine.info, startup_seconds=startup_seconds))
         _serve(engine, socket)
 
 
@@ -81,19 +90,22 @@ def _next_message(socket: "zmq.Socket[bytes]") -> bytes | None:
 
 def _serve(engine: "Engine", socket: "zmq.Socket[bytes]") -> None:
     decoder = msgspec.msgpack.Decoder(ToEngine)
-    was_busy = False
+    owes_report = False
     while _has_parent():
-        while socket.poll(0 if engine.has_work or was_busy else IDLE_POLL_MS):
+        while socket.poll(0 if engine.has_work or owes_report else IDLE_POLL_MS):
             message = decoder.decode(socket.recv())
             if isinstance(message, Shutdown):
                 return
             _handle(engine, socket, message)
+            # The parent takes silence for a hang, so every message gets an answer.
+            owes_report = True
         if engine.has_work:
             _send(socket, engine.step())
-        elif was_busy:
+            owes_report = engine.has_work
+        elif owes_report:
             # The last sequences may have been ended from outside, with no step to tell of it.
             _send(socket, engine.report())
-        was_busy = engine.has_work
+            owes_report = False
 
 
 def _handle(
@@ -116,7 +128,10 @@ def _add(engine: "Engine", message: AddSequence) -> bool:
     try:
         engine.add(message)
     except BezelError as error:
-        logger.warning("%s can't be served: %s", message.request_id, error.message)
+        ids = {"request_id": message.request_id}
+        logger.warning("the engine can't serve a request", extra=ids)
+        # The reason may quote it.
+        logger.debug("the engine can't serve a request: %s", error.message, extra=ids)
         return False
     return True
 

@@ -18,7 +18,6 @@ from gguf import GGMLQuantizationType as Kind
 from bezel.engine.checkpoint import Checkpoint
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import ConfigError
-from bezel.engine.gguf import GGUFFile
 from bezel.engine.gguf_tensors import hf_tensor_types
 from bezel.engine.models.decoder import Decoder
 from bezel.kernels.packed import WeightFormat
@@ -45,7 +44,7 @@ def stored_types(checkpoint: Checkpoint) -> Types:
     """The types of the tensors that each text tensor of a GGUF file is made of; else nothing."""
     if checkpoint.format != "gguf":
         return {}
-    types = hf_tensor_types(GGUFFile(checkpoint.path))
+    types = hf_tensor_types(checkpoint.gguf)
     return {name.removeprefix("model."): kinds for name, kinds in types.items()}
 
 

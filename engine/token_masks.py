@@ -30,7 +30,10 @@ class TokenMasks:
             try:
                 _fill(mask_W, sequence)
             except GrammarError as error:
-                logger.warning("%s can't go on: %s", sequence.request_id, error.message)
+                ids = {"request_id": sequence.request_id}
+                logger.warning("the grammar can't go on", extra=ids)
+                # The reason may quote the output.
+                logger.debug("the grammar can't go on: %s", error.message, extra=ids)
                 mask_W[:] = 0
 
     @classmethod

@@ -4,7 +4,9 @@ It can serve from the first moment: until `ServerState.set_model` is called, and
 draining, `/ready` and the generating routes say 503 and why. It starts and ends nothing.
 """
 
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI
@@ -16,10 +18,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bezel.engine.errors import BezelError, EngineUnavailable
+from bezel.server.admission import AdmissionGate
 from bezel.server.anthropic.routes import count_tokens, create_message
-from bezel.server.auth import ApiKey, read_api_keys
+from bezel.server.auth import ApiKey
 from bezel.server.completions import create_chat_completion, create_completion
 from bezel.server.config import ServerConfig
+from bezel.server.connection import ConnectionRefusals
+from bezel.server.deadlines import RequestTimeout
 from bezel.server.errors import ClientDisconnected, handle_error, json_response
 from bezel.server.middleware import BodyLimit, RequestContext
 from bezel.server.openapi import (
@@ -30,26 +35,40 @@ from bezel.server.openapi import (
     STREAMED,
     TEXT,
 )
+from bezel.server.page.routes import chat_page
 from bezel.server.responses.routes import create_response
 from bezel.server.state import ServedModel, ServerState, state_of
 from bezel.server.tokenization import detokenize, tokenize
 from bezel.server.version import VERSION
 
+_GENERATING: Mapping[str, tuple[Callable[..., Any], Any]] = MappingProxyType(
+    {
+        "/v1/chat/completions": (create_chat_completion, STREAMED),
+        "/v1/completions": (create_completion, STREAMED),
+        "/v1/responses": (create_response, STREAMED),
+        "/v1/messages": (create_message, ANTHROPIC_STREAMED),
+    }
+)
+
 
 def create_app(state: ServerState) -> FastAPI:
-    """Build the app around its state.
-
-    Raises:
-        ConfigError: the file with API keys can't be used.
-    """
+    """Build the app around its state."""
     app = FastAPI(
         title="Bezel",
         version=VERSION,
         redirect_slashes=False,
         middleware=[
-            Middleware(RequestContext, metrics=state.metrics),
+            Middleware(
+                RequestContext,
+                metrics=state.metrics,
+                tracing=state.tracing,
+                logs_requests=state.config.enable_log_requests,
+            ),
             *_cors(state.config),
-            Middleware(ApiKey, keys=read_api_keys(state.config)),
+            Middleware(ConnectionRefusals),
+            Middleware(ApiKey, keys=state.api_keys),
+            Middleware(RequestTimeout),
+            Middleware(AdmissionGate, admission=state.admission, paths=frozenset(_GENERATING)),
             Middleware(BodyLimit, max_bytes=state.config.max_body_bytes),
         ],
     )
@@ -57,10 +76,8 @@ def create_app(state: ServerState) -> FastAPI:
     for error in (BezelError, ClientDisconnected, HTTPException, RequestValidationError):
         app.add_exception_handler(error, handle_error)
     post = partial(app.add_api_route, methods=["POST"])
-    post("/v1/chat/completions", create_chat_completion, responses=STREAMED)
-    post("/v1/completions", create_completion, responses=STREAMED)
-    post("/v1/responses", create_response, responses=STREAMED)
-    post("/v1/messages", create_message, responses=ANTHROPIC_STREAMED)
+    for path, (endpoint, responses) in _GENERATING.items():
+        post(path, endpoint, responses=responses)
     post("/v1/messages/count_tokens", count_tokens, responses=ANTHROPIC_PLAIN)
     post("/tokenize", tokenize, responses=PLAIN)
     post("/detokenize", detokenize, responses=PLAIN)
@@ -72,6 +89,8 @@ def create_app(state: ServerState) -> FastAPI:
     get("/ready", ready)
     get("/metrics", metrics, response_class=Response, responses=TEXT)
     get("/version", version)
+    if state.config.webui:
+        app.add_api_route("/", chat_page(), methods=["GET"], include_in_schema=False)
     return app
 
 
@@ -123,7 +142,8 @@ async def refuse_embeddings(request: Request) -> Response:
 
 
 async def health(request: Request) -> Response:
-    """Whether the process is worth keeping: 503 if the engine has stopped making progress."""
+    """Whether the process is worth keeping: 503 if the engine has stopped making progress, or
+    can't be started again."""
     state = state_of(request)
     age_s = state.model.engine.step_age_s if state.model else 0.0
     if age_s > state.config.health_timeout:
@@ -140,9 +160,11 @@ async def ready(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """All series, for Prometheus."""
     state = state_of(request)
+    state.metrics.observe_ready(state.why_not_ready() is None)
     if state.model is not None:
-        state.metrics.observe_engine(state.model.engine.step_age_s, state.model.engine.num_restarts)
-    text, content_type = state.metrics.render()
+        engine = state.model.engine
+        state.metrics.observe_engine(engine.step_age_s, engine.num_restarts, engine.info)
+    text, content_type = state.metrics.render(request.headers.get("accept", ""))
     return Response(text, media_type=content_type)
 
 

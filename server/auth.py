@@ -1,7 +1,7 @@
 """Who may use the server: API keys, as plain ASGI.
 
-Without keys everyone may. With keys nothing but the two probes is open, whatever the path. Who uses
-the same key is one *tenant*, and the scheduler is fair between tenants.
+Without keys everyone may. With keys nothing but the two probes and the chat page is open, whatever
+the path. Who uses the same key is one *tenant*, and the scheduler is fair between tenants.
 """
 
 import secrets
@@ -20,7 +20,9 @@ from bezel.server.errors import error_response
 # Of the HTTP request being served: the number of its key, never the key.
 tenant: ContextVar[str] = ContextVar("tenant", default="")
 
-_PUBLIC_PATHS = frozenset({"/health", "/ready"})
+PUBLIC_PATHS = frozenset({"/health", "/ready"})
+# The chat page holds no secret, and asks for the key that its requests need.
+_OPEN_PATHS = PUBLIC_PATHS | {"/"}
 
 
 def read_api_keys(config: ServerConfig) -> list[str]:
@@ -54,7 +56,7 @@ class ApiKey:
         self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        is_open = not self._keys or scope["type"] == "lifespan" or scope["path"] in _PUBLIC_PATHS
+        is_open = not self._keys or scope["type"] == "lifespan" or scope["path"] in _OPEN_PATHS
         number = None if is_open else self._number_of(_token(Headers(scope=scope)))
         if is_open or number is not None:
             tenant.set("" if number is None else f"key {number}")

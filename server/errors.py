@@ -20,6 +20,7 @@ from starlette.responses import Response
 
 from bezel.engine.errors import BezelError, EngineUnavailable, InvalidRequest, Overloaded
 from bezel.server.request_id import request_id
+from bezel.server.request_summary import current_summary
 
 logger = logging.getLogger("bezel")
 
@@ -43,6 +44,27 @@ class DeadlineExceeded(BezelError):
 
     def __init__(self, timeout_s: float) -> None:
         super().__init__(f"The answer was not finished within {timeout_s:g} s.")
+
+
+class ShuttingDown(EngineUnavailable):
+    """The server takes no new requests."""
+
+    def __init__(self) -> None:
+        super().__init__("The server is shutting down.")
+
+
+class TooManyConnections(BezelError):
+    """All connections there may be are open."""
+
+    def __init__(self, max_connections: int) -> None:
+        super().__init__(f"The server has {max_connections} connections already.")
+
+
+class ReaderTooSlow(BezelError):
+    """The client leaves so much of its stream unread that the answer was given up."""
+
+    def __init__(self) -> None:
+        super().__init__("The stream was read too slowly; the rest of the answer was given up.")
 
 
 class ClientDisconnected(Exception):
@@ -77,6 +99,8 @@ _BY_CLASS: dict[type[BezelError], tuple[int, str, str | None]] = {
     InvalidRequest: (400, "invalid_request_error", None),
     Overloaded: (429, "rate_limit_error", "slow_down"),
     EngineUnavailable: (503, "server_error", "server_is_overloaded"),
+    TooManyConnections: (503, "server_error", "server_is_overloaded"),
+    ReaderTooSlow: (408, "invalid_request_error", "slow_reader"),
     GenerationFailed: (500, "server_error", "generation_failed"),
     DeadlineExceeded: (504, "server_error", "deadline_exceeded"),
 }
@@ -85,7 +109,9 @@ _BY_STATUS: dict[int, str] = {
     401: "invalid_api_key",
     404: "not_found",
     405: "method_not_allowed",
+    408: "request_timeout",
     413: "request_too_large",
+    431: "headers_too_large",
 }
 
 
@@ -94,7 +120,9 @@ _ANTHROPIC_TYPES: dict[int, str] = {
     401: "authentication_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    408: "invalid_request_error",
     413: "request_too_large",
+    431: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
     504: "timeout_error",
@@ -103,6 +131,12 @@ _ANTHROPIC_TYPES: dict[int, str] = {
 
 def problem_of(error: Exception) -> Problem:
     """Tell any exception in the client's terms; logs those that nobody foresaw."""
+    problem = _problem_of(error)
+    current_summary().error = problem.code or problem.type
+    return problem
+
+
+def _problem_of(error: Exception) -> Problem:
     if isinstance(error, RequestValidationError):
         return _validation_problem(error)
     if isinstance(error, HTTPException):
@@ -127,9 +161,13 @@ def _bezel_problem(error: BezelError, status: int, type_: str, code: str | None)
         # OpenAI's clients would try twice more, each time for as long.
         headers["x-should-retry"] = "false"
     if isinstance(error, Overloaded):
+        code = error.code
         headers["Retry-After"] = str(error.retry_after_s)
-    elif isinstance(error, EngineUnavailable):
+    elif isinstance(error, EngineUnavailable | TooManyConnections):
         headers["Retry-After"] = str(_UNAVAILABLE_RETRY_AFTER_S)
+    if isinstance(error, ShuttingDown | TooManyConnections):
+        # The next request of this client had better go elsewhere.
+        headers["Connection"] = "close"
     return Problem(status, type_, code, error.message, headers=headers)
 
 

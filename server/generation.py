@@ -8,17 +8,30 @@ with them aborts what still runs, in whatever phase it is.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
-from bezel.engine.errors import BezelError, Overloaded
+from bezel.engine.errors import BezelError, EngineUnavailable, GrammarError, Overloaded
 from bezel.engine.messages import FinishReason, SequenceOutput, TokenLogprobs
-from bezel.engine.metrics import SequenceMetrics
+from bezel.engine.metric_families import AbortReason
 from bezel.engine.sampling_params import SamplingParams
-from bezel.server.errors import DeadlineExceeded, GenerationFailed
+from bezel.engine.sequence_metrics import SequenceMetrics
+from bezel.server.admission import Ticket
+from bezel.server.deadlines import shortest_s
+from bezel.server.errors import (
+    DeadlineExceeded,
+    GenerationFailed,
+    ReaderTooSlow,
+    ShuttingDown,
+)
 from bezel.server.parsing.parser import OutputParser, Parsed
+from bezel.server.request_summary import current_summary
 from bezel.server.state import ServedModel, ServerState
+
+# Of each sequence, deltas that nobody has taken: some 200 bytes a token on the wire, of which a
+# reader who is that far behind takes fewer than come.
+_MAX_PENDING = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,24 +111,44 @@ class Choice:
 class Generation:
     """All sequences of one HTTP request."""
 
-    def __init__(self, state: ServerState, requests: Sequence[TextRequest]) -> None:
+    def __init__(self, state: ServerState, requests: Sequence[TextRequest], ticket: Ticket) -> None:
         model = state.loaded_model()
+        self._ticket = ticket
+        self._max_pending = _MAX_PENDING * len(requests)
+        self._metrics = state.metrics
+        self.summary = current_summary()
+        self.summary.begin(model.names[0], requests)
         self._queue: asyncio.Queue[Delta | Exception] = asyncio.Queue()
         self._num_unfinished = len(requests)
         self._refusal: Exception | None = None
+        self._num_prompts = len({id(request.prompt_ids) for request in requests})
+        self._num_tokens = [0] * len(requests)
+        self.abort_reason = AbortReason.CLIENT
         self._tasks = [
-            asyncio.create_task(self._fill(_deltas(state, model, index, request)))
+            asyncio.create_task(self._fill(index, _deltas(state, model, index, request, self)))
             for index, request in enumerate(requests)
         ]
 
-    async def _fill(self, deltas: AsyncIterator[Delta]) -> None:
+    async def _fill(self, index: int, deltas: AsyncGenerator[Delta, None]) -> None:
         try:
-            async for delta in deltas:
-                self._queue.put_nowait(delta)
+            async with aclosing(deltas):
+                async for delta in deltas:
+                    self._take(index, delta)
         except Exception as error:
             # Not swallowed: `admit` or `deltas` raises it to whoever waits.
             self._refusal = error
             self._queue.put_nowait(error)
+        finally:
+            self._ticket.ended(index)
+
+    def _take(self, index: int, delta: Delta) -> None:
+        if delta.token_ids or delta.finish_reason is not None:
+            self._ticket.began(index)
+        self._num_tokens[index] += len(delta.token_ids)
+        if self._queue.qsize() >= self._max_pending:
+            self.abort_reason = AbortReason.SLOW_READER
+            raise ReaderTooSlow
+        self._queue.put_nowait(delta)
 
     async def admit(self) -> None:
         """Give the engine the chance to refuse; it does so before it first suspends.
@@ -148,6 +181,7 @@ class Generation:
 
     def fail(self, error: BezelError) -> None:
         """Make whoever waits for deltas get an error after those that have come already."""
+        self.abort_reason = abort_reason_of(error)
         self._queue.put_nowait(error)
 
     async def close(self) -> None:
@@ -155,6 +189,23 @@ class Generation:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if not isinstance(self._refusal, Overloaded):
+            num_choices = len(self._tasks) // self._num_prompts
+            self._metrics.observe_request(num_choices, max(self._num_tokens))
+
+
+def abort_reason_of(error: Exception) -> AbortReason:
+    """Why sequences end that end with this error."""
+    match error:
+        case DeadlineExceeded():
+            return AbortReason.DEADLINE
+        case ReaderTooSlow():
+            return AbortReason.SLOW_READER
+        case ShuttingDown():
+            return AbortReason.SHUTDOWN
+        case EngineUnavailable():
+            return AbortReason.ENGINE
+    return AbortReason.ERROR
 
 
 @asynccontextmanager
@@ -164,21 +215,23 @@ async def generating(
     """Have sequences generated for as long as the block runs, within the time they may take.
 
     Raises:
-        Overloaded, EngineUnavailable: the engine doesn't take them.
+        Overloaded, EngineUnavailable: there is no place for them, or no engine.
     """
-    state.require_ready()
-    generation = Generation(state, requests)
-    given = [request.timeout_s for request in requests if request.timeout_s is not None]
-    timeout_s = min([state.config.request_timeout, *given])
-    loop = asyncio.get_running_loop()
-    deadline = loop.call_later(timeout_s, generation.fail, DeadlineExceeded(timeout_s))
-    try:
-        with state.in_flight.member(generation):
-            await generation.admit()
-            yield generation
-    finally:
-        deadline.cancel()
-        await generation.close()
+    state.require_serving()
+    prompts = [request.prompt_ids for request in requests]
+    timeouts_s = [request.timeout_s for request in requests]
+    timeout_s = shortest_s(state.config.request_timeout, *timeouts_s)
+    with state.admission.admitted(requests[0].params.tenant, prompts) as ticket:
+        generation = Generation(state, requests, ticket)
+        loop = asyncio.get_running_loop()
+        deadline = loop.call_later(timeout_s, generation.fail, DeadlineExceeded(timeout_s))
+        try:
+            with state.in_flight.member(generation):
+                await generation.admit()
+                yield generation
+        finally:
+            deadline.cancel()
+            await generation.close()
 
 
 async def collect(state: ServerState, requests: Sequence[TextRequest]) -> list[Choice]:
@@ -207,24 +260,31 @@ async def for_each_delta(
 
 
 async def _deltas(
-    state: ServerState, model: ServedModel, index: int, request: TextRequest
-) -> AsyncIterator[Delta]:
+    state: ServerState,
+    model: ServedModel,
+    index: int,
+    request: TextRequest,
+    generation: Generation,
+) -> AsyncGenerator[Delta, None]:
     """One sequence as text, with its metrics."""
-    metrics = state.metrics.sequence(len(request.prompt_ids))
+    metrics = state.metrics.sequence(len(request.prompt_ids), request.params.max_tokens)
     reason: FinishReason | None = FinishReason.ABORT
     try:
         async for delta in _decode(model, index, request, metrics):
             reason = delta.finish_reason or reason
+            generation.summary.take(delta)
             yield delta
     except Overloaded:
         reason = None  # it never began
         raise
-    except Exception:
+    except Exception as error:
         reason = FinishReason.ERROR
+        generation.abort_reason = abort_reason_of(error)
         raise
     finally:
         if reason is not None:
-            metrics.observe_finished(reason)
+            metrics.observe_finished(reason, generation.abort_reason)
+            generation.summary.finish(index, reason, generation.abort_reason)
 
 
 async def _decode(
@@ -235,15 +295,29 @@ async def _decode(
     async with aclosing(outputs):
         async for output in outputs:
             if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                raise GenerationFailed("The engine could not finish the answer.")
+                raise _failure(request, output.finish_reason)
+            if output.queue_seconds is not None:
+                metrics.observe_start(output.queue_seconds)
+                if not output.token_ids and not output.prompt_logprobs:
+                    continue
             delta = _delta(index, request, output, stop_token_ids)
-            metrics.observe_tokens(len(delta.token_ids))
+            metrics.observe_tokens(len(delta.token_ids), delta.num_cached_tokens)
             if delta.finish_reason is not None and output.finish_reason is None:
                 model.engine.finish(request.request_id, FinishReason.STOP)
             yield delta
             if delta.finish_reason is not None:
                 return
     raise GenerationFailed("The engine ended the answer without a reason.")
+
+
+def _failure(request: TextRequest, reason: FinishReason) -> BezelError:
+    if reason is FinishReason.ERROR and request.params.grammar is not None:
+        # How much one costs, or whether a token is left, can't all be told before.
+        return GrammarError(
+            "What the output must be can't be enforced any further: no token may follow, or finding "
+            "those that may costs too much."
+        )
+    return GenerationFailed("The engine could not finish the answer.")
 
 
 def _delta(

@@ -2,7 +2,8 @@
 
 Every field that `engine.config.option` made is both; no default is written twice, because a
 flag or a variable that isn't given leaves the field to its dataclass. Precedence:
-flag, then variable, then default. Reads no environment itself: it is handed a mapping.
+flag, then variable, then config file, then default. Reads no environment itself: it is handed a
+mapping.
 """
 
 import argparse
@@ -20,7 +21,8 @@ _BOOLS = {"1": True, "true": True, "0": False, "false": False}
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One setting. `parse` turns the text of one value into it, or raises ValueError."""
+    """One setting. `parse` turns the text of one value into it, or raises ValueError. A secret one
+    is never printed."""
 
     name: str
     type: type
@@ -29,10 +31,16 @@ class Option:
     parse: Callable[[str], Any]
     choices: tuple[Any, ...] | None
     nargs: str | None
+    is_secret: bool = False
 
     @property
     def flag(self) -> str:
         return "--" + self.name.replace("_", "-")
+
+    @property
+    def flag_off(self) -> str:
+        """That of a switch which turns it off."""
+        return "--no-" + self.flag.removeprefix("--")
 
     @property
     def variable(self) -> str:
@@ -57,6 +65,7 @@ def options_of(config_class: type) -> list[Option]:
             parse=_parser(_plain_type(hints[spec.name]), spec.metadata),
             choices=spec.metadata.get("choices"),
             nargs=spec.metadata.get("nargs"),
+            is_secret=spec.metadata.get("secret", False),
         )
         for spec in fields(config_class)
         if "help" in spec.metadata

@@ -1,6 +1,6 @@
 """What the routes share: the served model once it is loaded, and the generations in flight.
 
-    loading ──set_model──▶ ready ──SIGTERM──▶ draining
+    loading ──set_model──▶ ready ──SIGTERM──▶ leaving ──shutdown_grace──▶ draining
 
 Everything here belongs to the event loop's thread.
 """
@@ -18,11 +18,14 @@ from bezel.engine.checkpoint import Checkpoint
 from bezel.engine.errors import BezelError, EngineUnavailable
 from bezel.engine.metrics import Metrics
 from bezel.engine.tokenizer import Tokenizer
+from bezel.server.admission import Admission
+from bezel.server.auth import read_api_keys
 from bezel.server.config import ServerConfig
 from bezel.server.control_tokens import ControlTokens
 from bezel.server.engine_handle import EngineHandle
-from bezel.server.errors import ModelNotFound
+from bezel.server.errors import ModelNotFound, ShuttingDown
 from bezel.server.grammars.checker import GrammarChecker
+from bezel.server.tracing import open_tracing
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +88,26 @@ class InFlight:
 
 
 class ServerState:
-    """The one object behind all routes."""
+    """The one object behind all routes.
+
+    A server that `is_leaving` says that it isn't ready, and still takes requests until it
+    `is_draining`.
+
+    Raises:
+        ConfigError: the file with API keys can't be used.
+    """
 
     def __init__(self, config: ServerConfig, metrics: Metrics) -> None:
         self.config = config
         self.metrics = metrics
         self.model: ServedModel | None = None
+        self.is_leaving = False
         self.is_draining = False
+        self.api_keys = read_api_keys(config)
+        self.admission = Admission(config, len(self.api_keys) > 1, metrics.observe_rejection)
         self.in_flight = InFlight()
         self.reported_fields: set[str] = set()
+        self.tracing = open_tracing(config.otlp_traces_endpoint)
 
     def set_model(
         self, engine: EngineHandle, tokenizer: Tokenizer, checkpoint: Checkpoint
@@ -113,16 +127,6 @@ class ServerState:
         )
         return self.model
 
-    def why_not_ready(self) -> str | None:
-        """The reason, for the client, why nothing can be generated now; None if it can."""
-        if self.is_draining:
-            return "The server is shutting down."
-        if self.model is None:
-            return "The model is still loading."
-        if not self.model.engine.is_ready:
-            return "The engine is not running; it is being restarted."
-        return None
-
     def require_model(self, name: str) -> ServedModel:
         """The model, if it can generate now and goes by this name.
 
@@ -130,17 +134,39 @@ class ServerState:
             EngineUnavailable: it can't generate now.
             ModelNotFound: it isn't called so.
         """
-        self.require_ready()
+        self.require_serving()
         return self.loaded_model(name)
 
+    def why_not_ready(self) -> EngineUnavailable | None:
+        """Why requests should go elsewhere; None if they should come here."""
+        return ShuttingDown() if self.is_leaving else self._why_not_serving()
+
+    def _why_not_serving(self) -> EngineUnavailable | None:
+        if self.is_draining:
+            return ShuttingDown()
+        if self.model is None:
+            return EngineUnavailable("The model is still loading.")
+        if not self.model.engine.is_ready:
+            return EngineUnavailable("The engine is not running; it is being restarted.")
+        return None
+
     def require_ready(self) -> None:
+        """Tell those who ask whether to send requests here.
+
+        Raises:
+            EngineUnavailable: nothing can be generated now, or soon nothing can be.
+        """
+        if error := self.why_not_ready():
+            raise error
+
+    def require_serving(self) -> None:
         """Refuse what comes too early or too late.
 
         Raises:
             EngineUnavailable: nothing can be generated now.
         """
-        if reason := self.why_not_ready():
-            raise EngineUnavailable(reason)
+        if error := self._why_not_serving():
+            raise error
 
     def loaded_model(self, name: str | None = None) -> ServedModel:
         """The model, even if it can't generate now.

@@ -54,9 +54,16 @@ def test_serve_hands_its_variables_to_the_command(planned: Callable[..., str]) -
 def test_test_sets_itself_up(planned: Callable[..., str]) -> None:
     plan = planned("test", "ARGS=-k scheduler")
     assert "-m venv .venv" in plan
-    assert "-e '.[cpu,default-model,plot,test]'" in plan
+    assert "-e '.[cpu,default-model,otel,plot,test]'" in plan
     assert "--no-deps trl==" in plan
     assert plan.splitlines()[-1] == ".venv/bin/python -m pytest -k scheduler"
+
+
+def test_audit_judges_the_environment_of_the_server(planned: Callable[..., str]) -> None:
+    plan = planned("audit")
+    assert "-e '.[cpu,default-model]'" in plan
+    (command,) = [line for line in plan.splitlines() if line.startswith("build/audit/bin/pip-a")]
+    assert "--path" in command
 
 
 def test_extras_of_the_makefile_exist(planned: Callable[..., str]) -> None:

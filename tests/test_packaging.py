@@ -172,3 +172,19 @@ def test_grafana_finds_the_dashboard(compose: dict[str, Any]) -> None:
     assert f"./grafana/dashboards:{folder}:ro" in grafana["volumes"]
     home = grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert home == f"{folder}/bezel.json"
+
+
+def test_package_has_every_file() -> None:
+    """Those that aren't Python too, which setuptools leaves out unless it is told of them."""
+    setuptools = PYPROJECT["tool"]["setuptools"]
+    told = {
+        path
+        for package, patterns in setuptools["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / "/".join(package.split(".")[1:])).glob(pattern)
+    }
+    files = {
+        path for layer in ("server", "engine", "kernels") for path in (ROOT / layer).rglob("*")
+    }
+    others = {path for path in files if path.is_file() and path.suffix not in (".py", ".pyc")}
+    assert others == told != set()

@@ -1,7 +1,7 @@
 """One request as its client sees it: sent, read chunk by chunk, timed."""
 
 import asyncio
-import json
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -9,15 +9,19 @@ from typing import Any
 
 import httpx
 
+from bezel.server.stream_chunks import NotAChunk, choices_of, read_chunk
+
 Message = dict[str, str]
 
 _ERROR_LENGTH = 300
+_SECONDS = re.compile(r"[0-9]{1,6}")
 
 
 @dataclass(slots=True, kw_only=True)
 class Measurement:
     """Seconds are of one monotonic clock. `late_s` is how long the request waited for others of
-    this client before it was sent; no other time contains it."""
+    this client before it was sent; no other time contains it. `retry_after_s` is what a server said
+    that refused it."""
 
     sent_s: float
     ended_s: float = 0.0
@@ -27,6 +31,7 @@ class Measurement:
     usage: dict[str, Any] | None = None
     error: str | None = None
     detail: str = ""
+    retry_after_s: int | None = None
 
     @property
     def ttft_s(self) -> float | None:
@@ -108,6 +113,8 @@ class Asker:
         async with self.client.stream("POST", path, json=body) as response:
             if response.status_code != 200:
                 await response.aread()
+                told = response.headers.get("retry-after", "")
+                measured.retry_after_s = int(told) if _SECONDS.fullmatch(told) else None
                 raise _Failed(f"HTTP {response.status_code}", response.text)
             is_done = False
             async for data in _events(response.aiter_bytes()):  # to its end, or it can't be reused
@@ -134,19 +141,15 @@ class Asker:
     def _note(self, data: bytes, measured: Measurement) -> None:
         arrived_s = self.clock()
         try:
-            chunk = json.loads(data)
-        except ValueError:
-            chunk = None
-        if not isinstance(chunk, dict):
-            raise _Failed("stream broken", f"not an object of JSON: {data!r}")
+            chunk = read_chunk(data)
+        except NotAChunk as error:
+            raise _Failed("stream broken", str(error)) from None
         if chunk.get("error"):
             raise _Failed("error in the stream", str(chunk["error"]))
         measured.usage = chunk.get("usage") or measured.usage
-        for choice in chunk.get("choices") or ():
+        for choice in choices_of(chunk):
             delta = choice.get("delta") or {}
             content = choice.get("text") or delta.get("content") or ""
-            if not isinstance(content, str):
-                raise _Failed("stream broken", f"content that isn't text: {data!r}")
             measured.text += content
             thought = delta.get("reasoning_content") or delta.get("reasoning")
             if content or thought or delta.get("tool_calls"):

@@ -128,7 +128,8 @@ def test_64_streams_at_once_are_complete_and_unmixed(server: Server) -> None:
 
 def prompt_tokens_computed(server: Server) -> float:
     text = httpx.get(f"{server.url}/metrics").text
-    found = re.search(r"^bezel_prompt_tokens_total\{.*\} (\S+)$", text, re.MULTILINE)
+    series = r'bezel_prompt_tokens_by_source_total\{.*source="local_compute"\}'
+    found = re.search(rf"^{series} (\S+)$", text, re.MULTILINE)
     assert found is not None
     return float(found[1])
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from bezel.engine.client import EngineClient
@@ -61,8 +62,8 @@ async def collect(
 
 
 def process_id(client: EngineClient) -> int:
-    assert client._process is not None and client._process.pid is not None
-    return client._process.pid
+    assert client._child is not None
+    return client._child.pid
 
 
 async def idle(client: EngineClient, stats: list[StepStats], prompt: list[int]) -> StepStats:
@@ -101,7 +102,10 @@ def test_log_probabilities_come_through(small_checkpoint: Path) -> None:
 
     async def test(client: EngineClient, stats: list[StepStats]) -> None:
         outputs = await collect(client, "r", prompt, params)
-        assert outputs == expected
+        # How long each waited is another matter.
+        assert [msgspec.structs.replace(o, queue_seconds=None) for o in outputs] == [
+            msgspec.structs.replace(o, queue_seconds=None) for o in expected
+        ]
         assert [len(output.prompt_logprobs) for output in outputs] == [20, 20, 20, 20, 6, 0, 0, 0]
         assert [len(output.logprobs) for output in outputs] == [0, 0, 0, 0, 1, 1, 1, 1]
 
@@ -158,6 +162,42 @@ def test_a_killed_engine_fails_its_requests_and_is_started_again(small_checkpoin
         assert client.num_restarts == 1
         answer = await collect(client, "again", [3], GREEDY)
         assert answer[-1].finish_reason is FinishReason.LENGTH
+
+    scenario(test, small_checkpoint)
+
+
+def test_an_engine_that_hangs_is_ended_and_started_again(small_checkpoint: Path) -> None:
+    async def test(client: EngineClient, stats: list[StepStats]) -> None:
+        assert stats == [], "nobody asked for the first token"
+        pid = process_id(client)
+        stream = client.generate("r", [3], ENDLESS)
+        await anext(stream)
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(EngineUnavailable, match="hung"):
+            async for _ in stream:
+                pass
+        while not client.is_ready:
+            assert client.step_age_s > 0
+            await asyncio.sleep(0.01)
+        assert client.step_age_s == 0
+        assert process_id(client) != pid and client.num_restarts == 1
+        answer = await collect(client, "again", [3], GREEDY)
+        assert answer[-1].finish_reason is FinishReason.LENGTH
+
+    scenario(test, small_checkpoint, engine_hang_timeout=4)
+
+
+def test_every_message_is_answered(small_checkpoint: Path) -> None:
+    """Or an engine with nothing to do would be taken to hang."""
+
+    async def test(client: EngineClient, stats: list[StepStats]) -> None:
+        asking = asyncio.ensure_future(anext(client.generate("r", [3], GREEDY)))
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        while client.step_age_s:
+            await asyncio.sleep(0.01)
+        assert stats[-1].num_running == stats[-1].num_waiting == 0
 
     scenario(test, small_checkpoint)
 

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 
 from bezel.engine.config import EngineConfig
-from bezel.server.cli import build_parser, main, parse_config
+from bezel.server.cli import build_parser, main
+from bezel.server.command_line import canonical
 from bezel.server.config import ServerConfig
+from bezel.server.settings import parse_config
 from bezel.server.version import VERSION
 
 
 def config_of(*argv: str, **environ: str) -> ServerConfig:
-    return parse_config(vars(build_parser().parse_args(["serve", *argv])), environ)
+    return parse_config(vars(build_parser().parse_args(canonical(["serve", *argv]))), environ)
 
 
 def test_defaults_are_the_dataclasses() -> None:
@@ -37,6 +39,12 @@ def test_every_setting_has_its_place() -> None:
     assert config == ServerConfig(
         engine=engine, port=1, api_key=("a", "b"), served_model_name=("x", "y")
     )
+
+
+def test_flags_may_be_spelled_with_underscores() -> None:
+    config = config_of("--max_model_len=64", "--no-enable_prefix_caching", "--api_key", "a_b")
+    assert (config.engine.max_model_len, config.engine.enable_prefix_caching) == (64, False)
+    assert config.api_key == ("a_b",), "values are left alone"
 
 
 def test_names_of_settings_are_unique() -> None:
@@ -75,9 +83,16 @@ def test_precedence_of_the_model_and_of_switches() -> None:
     [
         (["serve", "--port", "x"], "argument --port: 'x' is not a whole number"),
         (["serve", "--port", "70000"], "port must be at least 0 and at most 65535, got 70000"),
-        (["serve", "--prot", "1"], "unrecognized arguments: --prot"),
+        (["serve", "--prot", "1"], "unknown flag --prot; did you mean --port?\n"),
         (["serve", "--api-key", ""], "api_key must not be empty"),
-        (["serve", "--max-model"], "unrecognized arguments: --max-model"),
+        (["serve", "--max-model"], "unknown flag --max-model; did you mean --max-model-len?\n"),
+        (["serve", "--zzz"], "unknown flag --zzz\n"),
+        (["plan", "x", "--max-seqs=1"], "unknown flag --max-seqs; did you mean --max-num-seqs?\n"),
+        (["bench", "serve", "--base-ur", "x"], "unknown flag --base-ur; did you mean --base-url?"),
+        (["simulate", "--generat", "x"], "unknown flag --generat; did you mean --generate?\n"),
+        (["doctor", "--ur", "x"], "unknown flag --ur; did you mean --url?\n"),
+        (["collect-env", "--jsn"], "unknown flag --jsn; did you mean --json?\n"),
+        (["serve", "a", "b"], "unrecognized arguments: b\n"),
         ([], "the following arguments are required: COMMAND"),
         (["serve", "--host", "192.0.2.1"], "can't listen on 192.0.2.1:8000"),
     ],
@@ -109,12 +124,22 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"{VERSION}\n"
 
 
+def test_output_that_nobody_reads_is_no_error() -> None:
+    command = [sys.executable, "-m", "bezel.server.cli", "serve", "--print-config"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    assert process.wait(30) == 1
+
+
 def test_help_is_quick_because_it_imports_little() -> None:
     code = (
         "import sys; from bezel.server.cli import main\n"
         "try: main(['serve', '--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'numpy', 'fastapi', 'uvicorn', 'tokenizers', 'prometheus_client'}\n"
+        "heavy = {'torch', 'numpy', 'fastapi', 'uvicorn', 'tokenizers', 'prometheus_client',\n"
+        "         'httpx'}\n"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )
     done: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

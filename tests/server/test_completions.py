@@ -444,6 +444,19 @@ async def test_engine_failures(
     assert response.json()["error"]["code"] == code
 
 
+@pytest.mark.parametrize(
+    ("reason", "status"), [(FinishReason.ERROR, 400), (FinishReason.ABORT, 500)]
+)
+async def test_a_grammar_that_can_not_go_on_is_the_clients(
+    client: httpx.AsyncClient, engine: Any, chat: Any, reason: FinishReason, status: int
+) -> None:
+    engine.script = [[65], reason]
+    grammar = {"structured_outputs": {"regex": "a+"}}
+    response = await client.post(CHAT, json=chat(**grammar))
+    assert response.status_code == status
+    assert ("can't be enforced any further" in response.text) == (status == 400)
+
+
 async def test_refused_prompt_aborts_its_siblings(
     client: httpx.AsyncClient, engine: Any, completion: Any
 ) -> None:

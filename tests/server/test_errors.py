@@ -15,7 +15,15 @@ from bezel.engine.errors import (
     Overloaded,
     PromptTooLong,
 )
-from bezel.server.errors import GenerationFailed, ModelNotFound, error_response, problem_of
+from bezel.server.errors import (
+    GenerationFailed,
+    ModelNotFound,
+    ReaderTooSlow,
+    ShuttingDown,
+    TooManyConnections,
+    error_response,
+    problem_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -32,9 +40,21 @@ from bezel.server.errors import GenerationFailed, ModelNotFound, error_response,
         ),
         (ModelNotFound("x"), 404, "invalid_request_error", "model_not_found", "model"),
         (Overloaded("m", 7), 429, "rate_limit_error", "slow_down", None),
+        (
+            Overloaded("m", 7, "rate_limit_exceeded"),
+            429,
+            "rate_limit_error",
+            "rate_limit_exceeded",
+            None,
+        ),
         (EngineUnavailable("m"), 503, "server_error", "server_is_overloaded", None),
+        (ShuttingDown(), 503, "server_error", "server_is_overloaded", None),
+        (TooManyConnections(5), 503, "server_error", "server_is_overloaded", None),
+        (ReaderTooSlow(), 408, "invalid_request_error", "slow_reader", None),
         (GenerationFailed("m"), 500, "server_error", "generation_failed", None),
         (HTTPException(413, "m"), 413, "invalid_request_error", "request_too_large", None),
+        (HTTPException(408, "m"), 408, "invalid_request_error", "request_timeout", None),
+        (HTTPException(431, "m"), 431, "invalid_request_error", "headers_too_large", None),
         (HTTPException(418, "m"), 418, "invalid_request_error", None, None),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
@@ -69,6 +89,10 @@ def test_when_to_come_back() -> None:
     assert problem_of(Overloaded("m", 7)).headers == {"Retry-After": "7"}
     assert problem_of(EngineUnavailable("m")).headers == {"Retry-After": "5"}
     assert problem_of(InvalidRequest("m")).headers == {}
+    # And not to this connection.
+    elsewhere = {"Retry-After": "5", "Connection": "close"}
+    assert problem_of(ShuttingDown()).headers == elsewhere
+    assert problem_of(TooManyConnections(5)).headers == elsewhere
 
 
 @pytest.mark.parametrize(

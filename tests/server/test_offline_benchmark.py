@@ -129,7 +129,7 @@ def test_the_command_with_a_real_engine(
     ("argv", "message"),
     [
         (["latency", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        (["latency", "--num-prompts", "3"], "unrecognized arguments: --num-prompts"),
+        (["latency", "--num-prompts", "3"], "unknown flag --num-prompts"),
         (["throughput", "--num-iters", "0"], "--num-iters must be at least 1, got 0"),
         (["throughput", "--max-num-seqs", "0"], "--max-num-seqs must be at least 1, got 0"),
         (["throughput", "--json", "none/out.json"], "--json: there is no folder none"),

@@ -59,6 +59,13 @@ def test_order_of_refusals(state: ServerState, engine: Any) -> None:
         state.require_model("other")
 
 
+def test_who_is_leaving_still_serves(state: ServerState) -> None:
+    state.is_leaving = True
+    assert state.require_model("tiny")
+    with pytest.raises(EngineUnavailable, match="shutting down"):
+        state.require_ready()
+
+
 def test_loading() -> None:
     state = ServerState(ServerConfig(), Metrics())
     for require in (state.require_ready, state.loaded_model):
@@ -68,4 +75,4 @@ def test_loading() -> None:
 
 def test_series_of_the_model_carry_its_first_name(make_state: Any) -> None:
     text = make_state(served_model_name=("a", "b")).metrics.render()[0].decode()
-    assert 'bezel_kv_pages_total{kind="local",model_name="a"} 10.0' in text
+    assert 'bezel_kv_pages_capacity{kind="local",model_name="a"} 10.0' in text
