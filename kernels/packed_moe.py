@@ -5,14 +5,14 @@ The rows are sorted by expert, so that each expert's weights are read once for a
 T tokens   D model width   E experts   A experts per token   F expert width   R = T·A rows
 """
 
-import torch
 from torch import Tensor
 
 from bezel.kernels.cpu.jit import runs_numba
-from bezel.kernels.cpu.linear import packed_groups_cpu
+from bezel.kernels.cpu.linear import packed_experts_cpu, rows_at_once
+from bezel.kernels.cpu.moe import dispatch, scatter
 from bezel.kernels.gelu_mul import gelu_mul
 from bezel.kernels.linear import quantize_activations
-from bezel.kernels.packed import PackedWeight, unpack_weight
+from bezel.kernels.packed import PackedWeight, WeightFormat, unpack_weight
 
 
 def packed_moe_mlp_reference(
@@ -37,13 +37,8 @@ def packed_moe_mlp(
     if not runs_numba(x_TD, gate_up.num_inputs, down.num_inputs):
         return packed_moe_mlp_reference(x_TD, chosen_TA, gate_up, down)
     num_tokens, top_k = chosen_TA.shape
-    experts_R, slots_R = chosen_TA.flatten().long().sort(stable=True)
-    chosen_M, counts_M = experts_R.unique_consecutive(return_counts=True)
-    ends_M = counts_M.cumsum(0)
-    groups_M3 = torch.stack((chosen_M, ends_M - counts_M, ends_M), dim=1)
-    rows_R = torch.arange(len(slots_R))
-    gate_up_RF2 = packed_groups_cpu(x_TD, slots_R // top_k, groups_M3, gate_up, x_TD.dtype)
-    y_RD = packed_groups_cpu(gelu_mul(gate_up_RF2), rows_R, groups_M3, down, x_TD.dtype)
-    y_TAD = torch.empty_like(y_RD)
-    y_TAD[slots_R] = y_RD
-    return y_TAD.view(num_tokens, top_k, -1)
+    row_bytes = x_TD.shape[1] * (2 if gate_up.format is WeightFormat.BFLOAT16 else 1)
+    order_R, blocks_M3 = dispatch(chosen_TA, len(gate_up.data), rows_at_once(row_bytes))
+    gate_up_RF2 = packed_experts_cpu(x_TD, order_R, top_k, blocks_M3, gate_up)
+    y_RD = packed_experts_cpu(gelu_mul(gate_up_RF2), None, top_k, blocks_M3, down)
+    return scatter(y_RD, order_R).view(num_tokens, top_k, -1)

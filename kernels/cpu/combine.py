@@ -19,11 +19,12 @@ from bezel.kernels.cpu.lanes import (
     store_f32,
     store_i32,
 )
+from bezel.kernels.cpu.launch import Operation, launch
 from bezel.kernels.cpu.norms import norm_row
 from bezel.kernels.cpu.rows import FEW_VALUES, element_of, inverse_rms, num_bytes, serial, share
 
 _NUM_SUMS = 3  # float32 rows between the passes over a token: routed, dense, mixed
-_FEW_SCORES = 1 << 13
+_FEW_SCORES = 1 << 11
 
 
 @device
@@ -45,7 +46,7 @@ def _sum_rows(element, y, weights, num_rows, given, routed, dense, width, top_k)
 
 
 @serial
-def _combine_rows(
+def combine_rows(
     first,
     last,
     i_thread,
@@ -93,10 +94,15 @@ def _combine_rows(
             norm_row(element, p_out, next_weight, next_out + t * width * size, width, eps)
 
 
+@serial
+def _combine_alone(first, last, *row):
+    combine_rows(first, last, 0, *row)
+
+
 @kernel
 def _combine_all(threads, num_rows, *row):
     for i in prange(threads):
-        _combine_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), i, *row)
+        combine_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), i, *row)
 
 
 @device
@@ -111,7 +117,7 @@ def _insert(score, expert, chosen, scores, place):
 
 
 @serial
-def _route_rows(
+def route_rows(
     first, last, scores, stride_s, num_experts, scale, chosen, weights, top_k, element, of_scale
 ):
     for t in range(first, last):
@@ -137,7 +143,11 @@ def _route_rows(
 @kernel
 def _route_all(threads, num_rows, *row):
     for i in prange(threads):
-        _route_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *row)
+        route_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *row)
+
+
+_ROUTE = Operation("route", route_rows, _route_all)
+_COMBINE = Operation("combine", _combine_alone, _combine_all)
 
 
 def route(scores_TE: Tensor, per_expert_scale_E: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -158,10 +168,7 @@ def route(scores_TE: Tensor, per_expert_scale_E: Tensor, top_k: int) -> tuple[Te
         element_of(scores_TE),
         element_of(per_expert_scale_E),
     )
-    if num_tokens * num_experts <= _FEW_SCORES:
-        _route_rows(0, num_tokens, *row)
-    else:
-        _route_all(torch.get_num_threads(), num_tokens, *row)
+    launch(_ROUTE, num_tokens, num_tokens * num_experts <= _FEW_SCORES, row)
     return chosen_TA, weights_TA
 
 
@@ -187,11 +194,9 @@ def combine_experts(
     if dense_TD is not None:
         stride_d, stride_dd = dense_TD.stride()
         assert stride_dd == 1 and dense_TD.dtype is y_TXD.dtype
-    few = num_tokens * num_rows * width <= FEW_VALUES
-    threads = 1 if few else torch.get_num_threads()
     out_TD = torch.empty_like(residual_TD)
     next_TD = None if next_weight_D is None else torch.empty_like(residual_TD)
-    sums = weights_TA.new_empty(threads, _NUM_SUMS, width)
+    sums = weights_TA.new_empty(torch.get_num_threads(), _NUM_SUMS, width)
     row = (
         y_TXD.data_ptr(),
         num_rows,
@@ -213,8 +218,5 @@ def combine_experts(
         eps,
         element_of(y_TXD),
     )
-    if few:
-        _combine_rows(0, num_tokens, 0, *row)
-    else:
-        _combine_all(threads, num_tokens, *row)
+    launch(_COMBINE, num_tokens, num_tokens * num_rows * width <= FEW_VALUES, row)
     return out_TD, next_TD

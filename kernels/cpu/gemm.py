@@ -28,7 +28,7 @@ from bezel.kernels.cpu.lanes import (
     lane_max,
     lane_sum,
     load,
-    load_i64,
+    load_i32,
     magnitude,
     maximum,
     splat,
@@ -265,8 +265,9 @@ def quantize_all(threads, num_rows, *numbers):
         quantize_rows(share(i, threads, num_rows), share(i + 1, threads, num_rows), *numbers)
 
 
-@kernel
-def multiply_groups(
+@device
+def multiply_block_tasks(
+    next_task,
     weight,
     element,
     x,
@@ -279,21 +280,25 @@ def multiply_groups(
     num_words,
     y,
     y_pitch,
-    groups,
-    num_groups,
+    row_blocks,
+    num_row_blocks,
     num_blocks,
     most_rows,
     element_bytes,
-    threads,
 ):
-    """Rows [first, end) of x times matrix i of a stack, for each of `groups`: (i, first, end)."""
-    counter = np.zeros(1, np.int64)
-    next_task = counter.ctypes.data
-    for _thread in prange(threads):
-        task = take_next(next_task)
-        while task < num_groups * num_blocks:
-            block, group = task % num_blocks, groups + 24 * (task // num_blocks)
-            row = load_i64(group + 8)
+    """Rows [first, end) of x times matrix i of a stack, for each of `row_blocks`: (i, first, end).
+
+    Those of a negative i come last and are left out.
+    """
+    run = blocks_of_task(1, num_row_blocks * num_blocks, 1)
+    num_runs = (num_blocks + run - 1) // run
+    task = take_next(next_task)
+    while task < num_row_blocks * num_runs:
+        first, row_block = task % num_runs * run, row_blocks + 12 * (task // num_runs)
+        matrix, row = load_i32(row_block), load_i32(row_block + 4)
+        if matrix < 0:
+            break
+        for block in range(first, min(first + run, num_blocks)):
             multiply_block(
                 weight,
                 element,
@@ -301,11 +306,19 @@ def multiply_groups(
                 x_pitch,
                 factors + row * factor_pitch,
                 factor_pitch,
-                w + load_i64(group) * matrix_bytes + block * block_bytes,
+                w + matrix * matrix_bytes + block * block_bytes,
                 num_words,
                 y + row * y_pitch + block * COLUMNS * element_bytes,
                 y_pitch,
-                load_i64(group + 16) - row,
+                load_i32(row_block + 8) - row,
                 most_rows,
             )
-            task = take_next(next_task)
+        task = take_next(next_task)
+
+
+@kernel
+def multiply_row_blocks(threads, num_rows, *numbers):
+    counter = np.zeros(1, np.int64)
+    next_task = counter.ctypes.data
+    for _thread in prange(threads):
+        multiply_block_tasks(next_task, *numbers)

@@ -3,9 +3,16 @@
 import torch
 from torch import Tensor
 
-from bezel.kernels.cpu.gemm import I4, multiply, multiply_groups, quantize_all, quantize_rows
+from bezel.kernels.cpu.gemm import (
+    I4,
+    multiply,
+    multiply_row_blocks,
+    quantize_all,
+    quantize_rows,
+)
 from bezel.kernels.cpu.lanes import BF16, F32, I8
 from bezel.kernels.cpu.launch import Operation, launch
+from bezel.kernels.cpu.moe import gather
 from bezel.kernels.cpu.packed_rows import unpack_all, unpack_rows
 from bezel.kernels.cpu.rows import FEW_VALUES, element_of
 from bezel.kernels.packed import COLUMNS, GROUP, PackedWeight, WeightFormat
@@ -33,6 +40,10 @@ class Scratch:
 _KINDS = {WeightFormat.BFLOAT16: BF16, WeightFormat.INT8: I8, WeightFormat.INT4: I4}
 # A product is always shared: it is what takes the time.
 _MULTIPLY = {kind: Operation(f"multiply_{kind}", multiply, multiply) for kind in WeightFormat}
+_MULTIPLY_EXPERTS = {
+    kind: Operation(f"multiply_experts_{kind}", multiply_row_blocks, multiply_row_blocks)
+    for kind in WeightFormat
+}
 _UNPACK = {kind: Operation(f"unpack_{kind}", unpack_rows, unpack_all) for kind in WeightFormat}
 _QUANTIZE = Operation("quantize", quantize_rows, quantize_all)
 _VALUES_PER_WORD = {WeightFormat.BFLOAT16: 2, WeightFormat.INT8: 4, WeightFormat.INT4: 8}
@@ -64,7 +75,7 @@ def packed_linear_cpu(
         y_TN.stride(0) * y_TN.element_size(),
         num_rows,
         num_blocks,
-        max(6, _ROW_BYTES_AT_ONCE // row_bytes // 6 * 6),
+        rows_at_once(row_bytes),
         _MOST_ROWS[weight.format],
         y_TN.element_size(),
     )
@@ -118,19 +129,23 @@ def packed_embedding_cpu(
     launch(_UNPACK[weight.format], num_rows, x_TK.numel() <= FEW_VALUES, numbers)
 
 
-def packed_groups_cpu(
-    x_TK: Tensor, rows_R: Tensor, groups_M3: Tensor, weights: PackedWeight, dtype: torch.dtype
+def packed_experts_cpu(
+    x_TK: Tensor, order_R: Tensor | None, top_k: int, blocks_M3: Tensor, weights: PackedWeight
 ) -> Tensor:
-    """Row r of y_RN is x[rows[r]] times the matrix of its group: (matrix, first, end), int64."""
-    num_inputs = x_TK.shape[1]
-    rows_TK, factors = _rows_of(x_TK, weights.format)
-    rows_RK = rows_TK.index_select(0, rows_R)
-    factors = None if factors is None else factors.index_select(0, rows_R)
+    """Rows of x times the matrices of their experts, in x's dtype: block m is (matrix, first, end).
+
+    Row r is x[order[r] // top_k], or x[r] without an order. The result's rows may be strided.
+    """
+    rows_RK, factors = _rows_of(x_TK, weights.format)
+    if order_R is not None:
+        rows_RK = gather(rows_RK, order_R, top_k)
+        factors = None if factors is None else gather(factors, order_R, top_k)
+    num_rows = len(rows_RK)
     _, num_blocks, block_bytes = weights.data.shape
-    y_RN = torch.empty(len(rows_R), num_blocks * COLUMNS, dtype=dtype)
-    multiply_groups(
+    y_RN = x_TK.new_empty(num_rows, num_blocks * COLUMNS)
+    numbers = (
         _KINDS[weights.format],
-        ELEMENTS[dtype],
+        ELEMENTS[x_TK.dtype],
         rows_RK.data_ptr(),
         rows_RK.stride(0) * rows_RK.element_size(),
         0 if factors is None else factors.data_ptr(),
@@ -138,16 +153,19 @@ def packed_groups_cpu(
         weights.data.data_ptr(),
         num_blocks * block_bytes,
         block_bytes,
-        num_inputs // _VALUES_PER_WORD[weights.format],
+        weights.num_inputs // _VALUES_PER_WORD[weights.format],
         y_RN.data_ptr(),
         y_RN.stride(0) * y_RN.element_size(),
-        groups_M3.data_ptr(),
-        len(groups_M3),
+        blocks_M3.data_ptr(),
+        len(blocks_M3),
         num_blocks,
         _MOST_ROWS[weights.format],
         y_RN.element_size(),
-        torch.get_num_threads(),
     )
-    if weights.num_outputs == y_RN.shape[1]:
-        return y_RN
-    return y_RN[:, : weights.num_outputs].contiguous()
+    launch(_MULTIPLY_EXPERTS[weights.format], num_rows, False, numbers)
+    return y_RN[:, : weights.num_outputs]
+
+
+def rows_at_once(row_bytes: int) -> int:
+    """Rows of x that stay in the second-level cache beside a block of columns."""
+    return max(6, _ROW_BYTES_AT_ONCE // row_bytes // 6 * 6)

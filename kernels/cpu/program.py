@@ -20,12 +20,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from bezel.kernels.cpu.attention_split import Call
+from bezel.kernels.cpu.combine import combine_rows, route_rows
 from bezel.kernels.cpu.decode_attention import join_splits, plan_splits, work_in_program
 from bezel.kernels.cpu.gelu import gelu_rows
-from bezel.kernels.cpu.gemm import I4, multiply_tasks, quantize_rows
+from bezel.kernels.cpu.gemm import I4, multiply_block_tasks, multiply_tasks, quantize_rows
 from bezel.kernels.cpu.jit import device, kernel
 from bezel.kernels.cpu.lanes import BF16, I8, load_i64, store_i64
 from bezel.kernels.cpu.launch import CannotRecord, Launch
+from bezel.kernels.cpu.moe import dispatch_slots, gather_rows, scatter_rows
 from bezel.kernels.cpu.norms import add_norm_rows, norm_rows
 from bezel.kernels.cpu.packed_rows import unpack_rows
 from bezel.kernels.cpu.qkv import qkv_rows
@@ -54,6 +56,14 @@ _CODES = {
             "plan_attention",
             "attend",
             "join_attention",
+            "route",
+            "dispatch",
+            "gather",
+            "scatter",
+            "multiply_experts_bfloat16",
+            "multiply_experts_int8",
+            "multiply_experts_int4",
+            "combine",
         )
     )
 }
@@ -131,6 +141,14 @@ def _multiply(weight, p, counter):
 
 
 @device
+def _multiply_experts(weight, p, counter):
+    multiply_block_tasks(
+        counter, weight, BF16, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), _i(p, 6),
+        _i(p, 7), _i(p, 8), _i(p, 9), _i(p, 10), _i(p, 11), _i(p, 12), _i(p, 13), _i(p, 14),
+    )  # fmt: skip
+
+
+@device
 def _unpack(weight, first, last, p):
     unpack_rows(
         first, last, weight, BF16, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5),
@@ -196,6 +214,34 @@ def _run_row(code, i_thread, threads, first, last, p, counter):
         )  # fmt: skip
     elif code == 14:
         join_splits(BF16, _call(p + 24), first, last, _i(p, 2))
+    elif code == 15:
+        route_rows(
+            first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), _i(p, 6),
+            BF16, BF16,
+        )  # fmt: skip
+    elif code == 16:
+        dispatch_slots(
+            first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), _i(p, 6),
+            _i(p, 7),
+        )  # fmt: skip
+    elif code == 17:
+        gather_rows(
+            first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), _i(p, 6)
+        )  # fmt: skip
+    elif code == 18:
+        scatter_rows(first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5))
+    elif code == 19:
+        _multiply_experts(BF16, p, counter)
+    elif code == 20:
+        _multiply_experts(I8, p, counter)
+    elif code == 21:
+        _multiply_experts(I4, p, counter)
+    elif code == 22:
+        combine_rows(
+            first, last, i_thread, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5),
+            _i(p, 6), _i(p, 7), _i(p, 8), _i(p, 9), _i(p, 10), _f(p, 11), _i(p, 12), _i(p, 13),
+            _i(p, 14), _i(p, 15), _i(p, 16), _f(p, 17), BF16,
+        )  # fmt: skip
 
 
 @kernel

@@ -35,6 +35,9 @@ CONFIGS: dict[str, Gemma3TextConfig | Gemma4TextConfig] = {
     "shared-kv": Gemma4TextConfig(
         **(GEMMA4 | dict(hidden_size_per_layer_input=64, num_kv_shared_layers=3))
     ),
+    "experts": Gemma4TextConfig(
+        **GEMMA4, enable_moe_block=True, num_experts=64, top_k_experts=4, moe_intermediate_size=32
+    ),
 }
 PROMPT_LENGTHS = (1, 5, 23, 24, 25, 64, 65, 200)
 
