@@ -12,6 +12,7 @@ import asyncio
 import logging
 import signal
 import socket
+from contextvars import Context
 from types import FrameType
 
 import uvicorn
@@ -50,9 +51,11 @@ class DrainingServer(uvicorn.Server):
         if self._state.is_leaving:
             self.force_exit = self.should_exit = True
             return
-        logger.info("%s: finishing running requests", signal.Signals(sig).name)
         self._state.is_leaving = True
-        self._loop.call_soon_threadsafe(self._start_drain)
+        # The signal interrupts some request, whose id isn't to be in the lines about this.
+        nobodys = Context()
+        nobodys.run(logger.info, "%s: finishing running requests", signal.Signals(sig).name)
+        self._loop.call_soon_threadsafe(self._start_drain, context=nobodys)
 
     def _start_drain(self) -> None:
         self._draining = asyncio.create_task(self._drain())

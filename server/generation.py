@@ -314,8 +314,8 @@ def _failure(request: TextRequest, reason: FinishReason) -> BezelError:
     if reason is FinishReason.ERROR and request.params.grammar is not None:
         # How much one costs, or whether a token is left, can't all be told before.
         return GrammarError(
-            "What the output must be can't be enforced any further: no token may follow, or finding "
-            "those that may costs too much."
+            "What the output must be can't be enforced any further: no token may follow, or "
+            "those that may are too costly to find."
         )
     return GenerationFailed("The engine could not finish the answer.")
 

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from bezel.engine.errors import ConfigError
+from bezel.engine.logs import one_line
 from bezel.server.chatting.settings import ClientSettings
 from bezel.server.stream_chunks import NotAChunk, choices_of, read_chunk
 
@@ -134,7 +135,8 @@ def _refusal(response: httpx.Response) -> str:
 
 
 def _one_line(message: Any) -> str:
-    return " ".join(str(message).split())[:_MAX_MESSAGE]
+    # Whatever the server says, it can't steer a terminal.
+    return one_line(" ".join(str(message).split())[:_MAX_MESSAGE])
 
 
 def _chunk(data: bytes) -> dict[str, Any]:
@@ -142,8 +144,8 @@ def _chunk(data: bytes) -> dict[str, Any]:
         chunk = read_chunk(data)
     except NotAChunk as error:
         raise ServerFailed(_one_line(f"the server streams nonsense: {error}")) from None
-    if error := chunk.get("error"):
-        raise ServerFailed(_one_line(error.get("message") if isinstance(error, dict) else error))
+    if told := chunk.get("error"):
+        raise ServerFailed(_one_line(told.get("message") if isinstance(told, dict) else told))
     return chunk
 
 
