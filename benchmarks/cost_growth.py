@@ -1,7 +1,8 @@
 """How a step's time grows: `python benchmarks/cost_growth.py`.
 
     context   16 to 8,192 tokens before the one that is computed, one sequence; the attention layers
-              of each kind by themselves, projections included: local ones see the last 512 tokens
+              of each kind by themselves, with the projection of what they find: local ones see
+              the last 512 tokens
     batch     1 to 64 sequences
     waiting   0 to 1,000 requests that wait while 8 run
 
@@ -90,7 +91,7 @@ def _step_ms(batch: Any) -> float:
 
 
 def _attention_ms(batch: Any) -> tuple[float, float]:
-    """Milliseconds a step that the attention modules of local layers take, and of global ones."""
+    """Milliseconds a step that attention of local layers takes, and of global ones."""
     seconds: dict[bool, list[float]] = {True: [], False: []}
     started = 0.0
 

@@ -6,13 +6,10 @@ huge page, so matrices share them.
 """
 
 import mmap
-from dataclasses import replace
 from math import prod
 
 import torch
 from torch import Tensor
-
-from bezel.kernels.packed import PackedWeight
 
 HUGE_PAGE = 1 << 21
 SLAB_BYTES = 32 * HUGE_PAGE
@@ -35,11 +32,6 @@ class WeightMemory:
         values = self._rest[:num_bytes].view(shape)
         self._rest = self._rest[-(-num_bytes // _ALIGNMENT) * _ALIGNMENT :]
         return values
-
-    def keep(self, weight: PackedWeight) -> PackedWeight:
-        """The same weight in this memory."""
-        data = self.empty(*weight.data.shape)
-        return replace(weight, data=data.copy_(weight.data))
 
 
 def _slab(num_bytes: int) -> Tensor:

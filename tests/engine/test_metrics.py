@@ -8,23 +8,16 @@ import msgspec
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_text
+from scrape import info
 
-from bezel.engine.messages import EngineInfo, FinishReason, PrefixStats, StepStats
+from bezel.engine.messages import FinishReason, PrefixStats, StepStats
 from bezel.engine.metric_families import FAMILIES, AbortReason, Phase, Rejection, StartupPhase
 from bezel.engine.metrics import Metrics
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
-INFO = EngineInfo(
+INFO = info(
     max_model_len=100,
-    vocab_size=10,
-    dtype="float32",
-    device="cpu",
-    num_parameters=1,
-    eos_token_ids=[1],
-    kv_cache_bytes=1000,
-    local_pages_total=10,
     global_pages_total=5,
-    local_page_bytes=100,
     global_page_bytes=200,
     local_page_size=16,
     global_page_size=64,

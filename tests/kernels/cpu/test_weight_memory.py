@@ -4,10 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from bezel.kernels.cpu.weight_memory import HUGE_PAGE, SLAB_BYTES, WeightMemory
-from bezel.kernels.packed import WeightFormat, pack_weight
 
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 SHAPES = [(3, 100), (1, 1), (7, 4096), (SLAB_BYTES // 2,), (SLAB_BYTES // 2 + 1,), (SLAB_BYTES,)]
@@ -25,13 +23,6 @@ def test_small_ones_stand_side_by_side() -> None:
     memory = WeightMemory()
     first, second = memory.empty(100), memory.empty(28)
     assert second.data_ptr() - first.data_ptr() == 128
-
-
-def test_what_is_kept_is_the_same_weight() -> None:
-    weight = pack_weight(torch.randn(100, 64), WeightFormat.INT4)
-    kept = WeightMemory().keep(weight)
-    assert torch.equal(kept.data, weight.data) and kept.data.data_ptr() != weight.data.data_ptr()
-    assert (kept.format, kept.num_outputs, kept.num_inputs) == (WeightFormat.INT4, 100, 64)
 
 
 @pytest.mark.skipif(not HUGE_PAGES.exists(), reason="the system has no huge pages to ask for")
