@@ -59,9 +59,10 @@ class EngineConfig:
         "Most tokens that a lone prompt computes in a step in which others decode; with more "
         "prompts, or with 0, it is the whole budget",
     )
-    block_size: int = option(
-        16,
-        "Tokens in a local KV page; a global page holds four times as many",
+    block_size: int | None = option(
+        None,
+        "Tokens in a local KV page; a global page holds four times as many [default: 16, on a "
+        "CPU 8]",
         choices=(8, 16, 32, 64),
     )
     kv_cache_memory_bytes: int | None = option(
@@ -106,6 +107,14 @@ class EngineConfig:
                 "--gpu-memory-utilization must be above 0 and at most 1, "
                 f"got {self.gpu_memory_utilization}"
             )
+
+    def local_page_size(self, is_gpu: bool) -> int:
+        """Tokens in a local KV page on a GPU or a CPU.
+
+        Beginnings are shared in whole global pages, so smaller ones leave less to compute anew. A
+        GPU multiplies 64 keys at a time and wants pages of that size; a CPU doesn't care.
+        """
+        return self.block_size or (16 if is_gpu else 8)
 
 
 def _at_least(low: int, flag: str, value: int) -> None:

@@ -65,7 +65,8 @@ class ModelRunner:
         self.model.after_loading()
         self.startup_seconds = {"weights": time.monotonic() - started}
         logger.info("loaded %s in %.1f s", checkpoint.name, self.startup_seconds["weights"])
-        self.layout = KVLayout.for_model(self.model_config, self.dtype.itemsize, config.block_size)
+        page_size = config.local_page_size(is_gpu=not is_cpu)
+        self.layout = KVLayout.for_model(self.model_config, self.dtype.itemsize, page_size)
         num_bytes = arena_bytes(
             config,
             self.model_config,

@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         shape,
         dtype_name(config.dtype, device.is_gpu),
         arguments.kv_cache_dtype,
-        config.block_size,
+        config.local_page_size(device.is_gpu),
         format_choice(config, device.is_gpu),
     )
     memory = DeviceMemory(device.is_gpu, memory_bytes, memory_bytes)

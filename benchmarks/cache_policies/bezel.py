@@ -16,8 +16,8 @@ from bezel.engine.sequence import Sequence
 
 
 def layout_of(model: ModelConfig) -> KVLayout:
-    """Pages of bfloat16 at the default `--block-size`."""
-    return KVLayout.for_model(model, 2, EngineConfig().block_size)
+    """Pages of bfloat16 as on a GPU."""
+    return KVLayout.for_model(model, 2, EngineConfig().local_page_size(is_gpu=True))
 
 
 def working_set(model: ModelConfig, load: Load) -> int:

@@ -42,7 +42,7 @@ def plan_to_serve(config: EngineConfig) -> Plan:
         name,
         shape,
         dtype_name(config.dtype, is_gpu),
-        block_size=config.block_size,
+        block_size=config.local_page_size(is_gpu),
         choose=format_choice(config, is_gpu),
     )
     return plan_for(model, config, DeviceMemory.of(device), _speed(device))
@@ -57,7 +57,7 @@ def plan_of(engine: "Engine") -> Plan:
         engine.checkpoint.name,
         runner.model_config,
         dtype_name(str(runner.dtype).removeprefix("torch."), is_gpu),
-        block_size=engine.config.block_size,
+        block_size=runner.layout.local_page_size,
         choose=lambda _: formats,
     )
     memory = MemoryPlan.of_pool(model, engine.pool, DeviceMemory.of(runner.device))

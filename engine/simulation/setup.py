@@ -34,7 +34,7 @@ class Setup:
             name,
             shape,
             cast(DTypeName, dtype),
-            block_size=config.block_size,
+            block_size=config.local_page_size(device.is_gpu),
             choose=format_choice(config, device.is_gpu),
         )
         memory = DeviceMemory(device.is_gpu, device.memory_bytes, device.memory_bytes)

@@ -19,7 +19,8 @@ class RecordingEngine(Engine):
     """Keeps the logits of every draw, and counts the tokens it computed before them."""
 
     def __init__(self, path: Any, device: str, **settings: Any) -> None:
-        defaults: dict[str, Any] = dict(dtype="float32", kv_cache_memory_bytes=64 << 20)
+        sizes = dict(kv_cache_memory_bytes=64 << 20, block_size=PAGE // 4)
+        defaults: dict[str, Any] = dict(dtype="float32", **sizes)
         super().__init__(EngineConfig(model=str(path), device=device, **(defaults | settings)))
         self.logits: dict[str, list[torch.Tensor]] = {}
         self.num_prefilled = 0

@@ -69,7 +69,7 @@ def test_small_budget_mixes_chunks_and_decodes(tiny: Any, device: str) -> None:
 
 def test_preempted_and_recomputed(tiny: Any, device: str) -> None:
     """An arena for hardly more than the longest sequence makes sixteen fight for it."""
-    probe = RecordingEngine(tiny.path, device=device)
+    probe = RecordingEngine(tiny.path, device=device, block_size=16)
     layout = probe.runner.layout
     longest = layout.peak_pages(max(map(len, tiny.prompts)) + NUM_OUTPUT_TOKENS)
     arena_bytes = (layout.num_sectors(longest) + 1) * layout.sector_bytes

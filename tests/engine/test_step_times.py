@@ -75,5 +75,5 @@ def test_the_start_is_told(engine: Engine) -> None:
     assert info.pid == os.getpid()
     assert set(info.startup_seconds) == {"weights", "warm_up"}
     assert min(info.startup_seconds.values()) > 0
-    assert (info.local_page_size, info.global_page_size) == (16, 64)
+    assert (info.local_page_size, info.global_page_size) == (8, 32)
     assert info.gpu_memory_bytes == 0

@@ -69,7 +69,7 @@ def test_a_running_engine_says_what_its_plan_said(
     model = build_model(SHAPE, torch.bfloat16, torch.device("meta"))
     for name, format in choose_formats(config, model, False, {}).items():
         pack(model, name, format)
-    layout = machine.PlannedModel.of("x", SHAPE).layout
+    layout = machine.PlannedModel.of("x", SHAPE, block_size=8).layout
     left = DeviceMemory.of(torch.device("cpu")).with_weights(planned.memory.weight_bytes)
     num_bytes = arena_bytes(config, SHAPE, layout, 2, left)
     runner: Any = SimpleNamespace(
