@@ -10,6 +10,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from calm import until
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -252,6 +253,16 @@ def arguments_of(pid: int) -> list[str]:
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
     except OSError:
         return []
+
+
+def test_a_paused_server_stands_still_and_goes_on(tmp_path: Path) -> None:
+    def is_stopped(pid: int) -> bool:
+        return "\nState:\tT" in Path(f"/proc/{pid}/status").read_text()
+
+    with servers.running(fake("peer"), tmp_path) as server:
+        with server.paused():
+            until(lambda: is_stopped(server.pid))
+        until(lambda: not is_stopped(server.pid))
 
 
 def test_a_server_that_counts_otherwise_ends_the_run(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,14 +48,15 @@ class CellResult:
 def measure_cell(
     cell: Cell, pair: int, server: Server, idle: Server, prompts: Sequence[str], timeout_s: float
 ) -> CellResult:
-    """Ask everything of a cell; `idle` is the other server, which should use nothing meanwhile.
+    """Ask everything of a cell; `idle` is the other server, which is paused meanwhile.
 
     Raises:
         SystemExit: a server has ended, or a request failed or was answered with other lengths.
     """
     before = CpuTimes.now(server.pid, idle.pid)
     started_s = time.perf_counter()
-    measurements = asyncio.run(_ask_all(cell, server, prompts, timeout_s))
+    with idle.paused():
+        measurements = asyncio.run(_ask_all(cell, server, prompts, timeout_s))
     wall_s = time.perf_counter() - started_s
     cpu = before.shares(CpuTimes.now(server.pid, idle.pid), wall_s)
     for one in (server, idle):
@@ -86,14 +88,17 @@ class Start:
 
 
 def measure_start(server: Server, idle: Server | None, prompt: str, timeout_s: float) -> Start:
-    """Ask a server that has just been started, until it answers.
+    """Ask a server that has just been started, until it answers; `idle` is paused meanwhile.
 
     Raises:
         SystemExit: the server has ended, or there is no token after `timeout_s`.
     """
     pids = (server.pid, None if idle is None else idle.pid)
     before = CpuTimes.now(*pids)
-    with httpx.Client(base_url=server.url, timeout=timeout_s, trust_env=False) as client:
+    with (
+        nullcontext() if idle is None else idle.paused(),
+        httpx.Client(base_url=server.url, timeout=timeout_s, trust_env=False) as client,
+    ):
         while time.perf_counter() - server.started_s < timeout_s:
             server.check()
             if _streams(client, prompt):

@@ -79,6 +79,16 @@ class Server:
     def pid(self) -> int:
         return self.process.pid
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Stopped for as long as the block runs: a server with nothing to do may poll all the
+        same, on cores that the other one wants."""
+        os.killpg(self.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.killpg(self.pid, signal.SIGCONT)
+
     def check(self) -> None:
         """Raises SystemExit with the end of the log if the process has ended."""
         if self.process.poll() is not None:
