@@ -2,9 +2,10 @@
 
 One sequence, and 32 at once. Time is each function's own, by `cProfile`, put into groups by the
 module that it is in, compiled kernels too; what belongs to torch or Python counts where it is
-called from. The output head, which uses the same products as the layers, is timed apart. The
-profiler makes calls of Python look slower than they are; the time of a step without it stands
-beside.
+called from. The output head, which uses the same products as the layers, is timed apart, and so are
+the launches of a recorded step: one by one, less what it takes to start the threads for nothing.
+That is done once in a step instead of for each launch, and counts as the rest. The profiler makes
+calls of Python look slower than they are; the time of a step without it stands beside.
 """
 
 import argparse
@@ -13,11 +14,15 @@ import json
 import pstats
 import statistics
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from decoding import FORMATS, Decoding, build_engine
+
+from bezel.kernels.cpu.program import Program
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (1, 32)
@@ -36,6 +41,15 @@ GROUPS = {
         *("waiting_queue", "messages", "core"),
     ),
 }
+# Launches of recorded steps, by the beginnings of their names.
+LAUNCHES = {
+    "embedding": ("unpack",),
+    "attention": ("qkv", "rotary", "plan_attention", "attend", "join_attention"),
+    "norms and gelu": ("norm", "add_norm", "gelu"),
+    "experts": ("route", "dispatch", "gather", "scatter", "multiply_experts", "combine"),
+    "products": ("quantize", "multiply"),
+}
+_NUM_STARTS = 25
 _MOST_CALLERS = 8  # how far up to look for a module of ours
 
 Function = tuple[str, int, str]  # file, line, name, as in pstats
@@ -91,36 +105,60 @@ def _shares(
     return shares
 
 
-class _HeadClock:
-    """Stands in a model for `compute_logits`: times it, unseen by the profiler."""
+def group_of_launch(name: str) -> str:
+    """The group of a recorded launch."""
+    return next(
+        (group for group, names in LAUNCHES.items() if name.startswith(names)),
+        REST,
+    )
+
+
+class _Clocks:
+    """Stand in for `compute_logits` of a model and for `run` of recorded steps: time what they do,
+    unseen by the profiler."""
 
     def __init__(self, profile: cProfile.Profile, compute_logits: Any) -> None:
-        self.seconds = 0.0
+        self.seconds: Counter[str] = Counter()
         self._profile, self._compute_logits = profile, compute_logits
+        self._run = Program.run
 
-    def __call__(self, *arguments: Any) -> Any:
+    def compute_logits(self, *arguments: Any) -> Any:
         self._profile.disable()
         started = time.perf_counter()
         logits_NV = self._compute_logits(*arguments)
-        self.seconds += time.perf_counter() - started
+        self.seconds[HEAD] += time.perf_counter() - started
         self._profile.enable()
         return logits_NV
+
+    def run(self, program: Program) -> None:
+        self._profile.disable()
+        start_s = statistics.median(self._seconds_of(program, 0, 0) for _ in range(_NUM_STARTS))
+        for i, name in enumerate(program.names):
+            seconds = self._seconds_of(program, i, i + 1) - start_s
+            self.seconds[group_of_launch(name)] += max(0.0, seconds)
+        self.seconds[REST] += start_s
+        self._profile.enable()
+
+    def _seconds_of(self, program: Program, first: int, last: int) -> float:
+        started = time.perf_counter()
+        self._run(program, first, last)
+        return time.perf_counter() - started
 
 
 def profile(batch: Decoding, num_steps: int) -> tuple[dict[str, float], Stats]:
     """Milliseconds a step by group, and what `pstats` makes of it."""
     profiler = cProfile.Profile()
     model: Any = batch.engine.runner.model
-    clock = _HeadClock(profiler, model.compute_logits)
-    model.compute_logits = clock
-    try:
+    clocks = _Clocks(profiler, model.compute_logits)
+    with (
+        patch.object(model, "compute_logits", clocks.compute_logits),
+        patch.object(Program, "run", lambda program: clocks.run(program)),
+    ):
         profiler.enable()
         batch.steps_s(num_steps)
         profiler.disable()
-    finally:
-        del model.compute_logits
     stats: Stats = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
-    seconds = {HEAD: clock.seconds, **own_seconds(stats)}
+    seconds = Counter(own_seconds(stats)) + clocks.seconds
     milliseconds = {group: 1e3 * s / num_steps for group, s in seconds.items()}
     return dict(sorted(milliseconds.items(), key=lambda item: -item[1])), stats
 

@@ -288,7 +288,7 @@ def threads_run_together() -> bool:
 
 
 class Program:
-    """The launches of a recorded step; `run` computes it anew.
+    """The launches of a recorded step, by `names`; `run` computes it anew.
 
     Raises:
         CannotRecord: from the constructor, if there is a launch that programs can't have.
@@ -303,12 +303,14 @@ class Program:
                 raise CannotRecord(launch.name)
             row[: 2 + len(numbers)] = [_CODES[launch.name], launch.num_rows, *numbers]
         self._rows = rows  # the last one is the barrier
-        self._num_launches = len(launches)
+        self.names = [launch.name for launch in launches]
 
-    def run(self) -> None:
+    def run(self, first: int = 0, last: int | None = None) -> None:
+        """Compute launches [first, last), by default all: some need what those before left."""
         table = self._rows.ctypes.data
-        barrier = table + 8 * WIDTH * self._num_launches
-        _run(table, self._num_launches, barrier, _num_threads())
+        barrier = table + 8 * WIDTH * len(self.names)
+        count = (len(self.names) if last is None else last) - first
+        _run(table + 8 * WIDTH * first, count, barrier, _num_threads())
 
 
 def _bits(number: float) -> int:

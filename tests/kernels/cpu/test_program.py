@@ -39,6 +39,12 @@ def test_a_program_computes_what_its_launches_do() -> None:
         x.copy_(torch.randn(3, DIM, generator=torch.Generator().manual_seed(seed)))
         program.run()
         assert torch.equal(y, compute(x))
+    kinds = ["norm", "quantize", "multiply_int8", "gelu", "quantize", "multiply_int4"]
+    assert program.names == [*kinds, "multiply_bfloat16"]
+    y.zero_()
+    for i in range(len(program.names)):
+        program.run(i, i + 1)
+    assert torch.equal(y, compute(x))
 
 
 def test_memory_is_used_again_only_when_nothing_refers_to_it() -> None:
