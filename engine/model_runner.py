@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bezel.engine.allocator import release_freed_memory
+from bezel.engine.allocator import keep_freed_memory, release_freed_memory
 from bezel.engine.batch import Batch
 from bezel.engine.checkpoint import Checkpoint, iterate_tensors, num_tensors
 from bezel.engine.config import EngineConfig
@@ -134,6 +134,7 @@ class ModelRunner:
     def _warm_up_cpu(self, config: EngineConfig) -> None:
         """Compile the kernels of small and of larger steps, if they aren't on disk, and record."""
         started = time.monotonic()
+        keep_freed_memory()
         for num_tokens in (2, FEW_VALUES // self.model_config.hidden_size + 1):
             num_tokens = min(num_tokens, config.max_num_batched_tokens, self.max_model_len)
             batch = Batch.idle_chunk(num_tokens, self.layout, self.device)
