@@ -1,6 +1,6 @@
 """One block of prefill attention on CPUs: 48 rows that share a kv head, against the keys they see.
 
-A row is a query head of a token. Keys are met at most 128 at a time, in three steps:
+A row is a query head of a token. Keys are met at most 384 at a time, in three steps:
 
     scores[key, row] = K q           8 keys × 48 rows in registers, lanes are rows
     weights[row, key pair]           softmax as far as it is known: maxima, sums, rescaling
@@ -32,7 +32,7 @@ from bezel.kernels.cpu.rows import num_bytes
 COLUMNS = 3  # lanes of rows
 ROWS = COLUMNS * LANES
 KEY_TILE, VALUE_TILE = 8, 6  # keys, and rows, in registers
-MOST_KEYS, MOST_WORDS = 128, 128  # in one sum
+MOST_KEYS, MOST_WORDS = 384, 128  # in one sum
 PITCH = ROWS * WORD_BYTES  # of what is kept for all rows
 NOTHING = -1e30  # a maximum before the first key: finite, so that differences are numbers
 
