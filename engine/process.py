@@ -15,6 +15,7 @@ import zmq
 
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import BezelError, ConfigError
+from bezel.engine.garbage import nothing_collected
 from bezel.engine.lazy_imports import import_torch
 from bezel.engine.logs import hold_lines, last_words, start_logging
 from bezel.engine.messages import (
@@ -48,11 +49,12 @@ def run_engine(address: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     held = hold_lines()
-    import_torch()
-    # Here, not above: the API process imports this module too, and stays free of torch.
-    from bezel.engine.core import Engine
-    from bezel.engine.planning.machine import plan_of
-    from bezel.engine.planning.report import gist
+    with nothing_collected():
+        import_torch()
+        # Here, not above: the API process imports this module too, and stays free of torch.
+        from bezel.engine.core import Engine
+        from bezel.engine.planning.machine import plan_of
+        from bezel.engine.planning.report import gist
 
     startup_seconds = {"imports": time.monotonic() - started}
     with last_words(), zmq.Context() as context, context.socket(zmq.PAIR) as socket:
