@@ -17,10 +17,11 @@ from bezel.engine.errors import BezelError
 from bezel.server.command_line import CommandParser, canonical
 from bezel.server.version import VERSION
 
+# For the engine's process, which inherits them before it loads torch, and NumPy in this one.
 # Threads that wait for each other by spinning for long make a step ten times slower as soon as
 # another program wants a core; oneDNN, and torch on top of it, would each keep a compiled product
 # for the last 1,024 shapes of a batch: with the 270M model that was some 20 MiB more for every
-# hundred requests; and NumPy would start threads for products that nobody asks of it, which spin
+# hundred requests; NumPy would start threads for products that nobody asks of it, and they spin
 # while the rest is imported.
 _VARIABLES_OF_LIBRARIES = {
     "GOMP_SPINCOUNT": "1000",
