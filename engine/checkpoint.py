@@ -131,7 +131,7 @@ def _from_gguf(path: Path, name: str, cache_root: Path | None) -> Checkpoint:
         config = hf_config(file.metadata, file.tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error.message}") from error
-    generation = hf_generation_config(file.metadata)
+    generation = hf_generation_config(file.metadata, file.token_id)
     return Checkpoint(path, "gguf", name, config, generation, cache_root, file)
 
 

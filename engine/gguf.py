@@ -73,7 +73,7 @@ class GGUFFile:
         self._data = _map(path)
         header = _Cursor(path, self._data)
         num_tensors, num_metadata = header.counts()
-        self.metadata: Mapping[str, Any] = _Metadata(header, num_metadata)
+        self.metadata = _Metadata(header, num_metadata)
         infos = [header.tensor_info() for _ in range(num_tensors)]
         data_start = header.data_start(self.metadata.get("general.alignment", 32))
         self._header_bytes = header.position
@@ -89,6 +89,10 @@ class GGUFFile:
         digest = hashlib.sha256(self._data[: self._header_bytes])
         digest.update(_U64.pack(len(self._data)))
         return digest.hexdigest()
+
+    def token_id(self, text: str) -> int | None:
+        """The id of the token spelled so, if there is one; the vocabulary isn't read for that."""
+        return self.metadata.index("tokenizer.ggml.tokens", text)
 
     def read(self, name: str, rows: slice = slice(None)) -> "torch.Tensor":
         """The values of a tensor as float32, or of some of its first dimension's rows.
@@ -179,16 +183,18 @@ class _TensorInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class _Strings:
-    """A list of strings that lies in the file and hasn't been read."""
+class _Unread:
+    """A list that lies in the file and hasn't been read: of strings, or of numbers of a `dtype`."""
 
     start: int
+    end: int
     count: int
+    dtype: np.dtype[Any] | None = None
 
 
 class _Metadata(Mapping[str, Any]):
-    """Lists of strings are read when they are asked for: a vocabulary has 262,144 of them, and
-    whoever wants tensors wants none."""
+    """Lists are read when they are asked for: a vocabulary has 262,144 strings and as many scores,
+    and whoever wants tensors wants none."""
 
     def __init__(self, cursor: "_Cursor", count: int) -> None:
         self._cursor = cursor
@@ -196,9 +202,16 @@ class _Metadata(Mapping[str, Any]):
 
     def __getitem__(self, key: str) -> Any:
         value = self._values[key]
-        if isinstance(value, _Strings):
+        if isinstance(value, _Unread):
             value = self._values[key] = self._cursor.read(value)
         return value
+
+    def index(self, key: str, text: str) -> int | None:
+        """Where `text` stands in a list of strings, if it does; the list isn't read for that."""
+        value = self._values.get(key)
+        if isinstance(value, _Unread) and value.dtype is None:
+            return self._cursor.index(value, text)
+        return value.index(text) if isinstance(value, list) and text in value else None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
@@ -229,7 +242,7 @@ class _Cursor:
         return self._u64(), self._u64()
 
     def entry(self) -> tuple[str, Any]:
-        """Key and value of a metadata entry, the value of a list of strings as `Strings`."""
+        """Key and value of a metadata entry, a list as `_Unread`."""
         key = self._string()
         return key, self._value(key)
 
@@ -285,23 +298,22 @@ class _Cursor:
         if kind == _STRING:
             return self._string()
         if kind != _ARRAY:
-            return self._numbers(key, kind, 1)[0]
+            return self.read(self._numbers(key, kind, 1))[0]
         kind, count = self._u32(), self._u64()
         return self._skip_strings(count) if kind == _STRING else self._numbers(key, kind, count)
 
-    def _numbers(self, key: str, kind: int, count: int) -> list[Any]:
+    def _numbers(self, key: str, kind: int, count: int) -> _Unread:
         if kind not in _SCALARS:
             self.fail(f"is damaged: metadata {key!r} is of type {kind}")
         dtype = _SCALARS[kind]
         start = self._take(count * dtype.itemsize)
-        numbers: list[Any] = np.frombuffer(self.data, dtype, count, start).tolist()
-        return numbers
+        return _Unread(start, self.position, count, dtype)
 
     def _string(self) -> str:
-        strings = self._skip_strings(1)
-        return self.read(strings)[0]
+        text: str = self.read(self._skip_strings(1))[0]
+        return text
 
-    def _skip_strings(self, count: int) -> "_Strings":
+    def _skip_strings(self, count: int) -> _Unread:
         start = position = self.position
         data, length_at = self.data, _U64.unpack_from
         try:
@@ -310,13 +322,31 @@ class _Cursor:
         except (struct.error, IndexError, OverflowError):
             position = len(data) + 1
         self._take(position - start)
-        return _Strings(start, count)
+        return _Unread(start, position, count)
 
-    def read(self, strings: "_Strings") -> list[str]:
-        """Those that were stepped over."""
-        position, read = strings.start, []
+    def index(self, strings: _Unread, text: str) -> int | None:
+        """Where `text` stands among strings that were stepped over."""
+        encoded = text.encode()
+        encoded = _U64.pack(len(encoded)) + encoded
+        position = strings.start
+        place = self.data.find(encoded, position, strings.end)
+        for i in range(strings.count):
+            if place in (-1, position):
+                return None if place == -1 else i
+            position += 8 + _U64.unpack_from(self.data, position)[0]
+            if position > place:  # it began within a string
+                place = self.data.find(encoded, position, strings.end)
+        return None
+
+    def read(self, values: _Unread) -> list[Any]:
+        """What was stepped over."""
+        if values.dtype is not None:
+            numbers: list[Any]
+            numbers = np.frombuffer(self.data, values.dtype, values.count, values.start).tolist()
+            return numbers
+        position, read = values.start, []
         try:
-            for _ in range(strings.count):
+            for _ in range(values.count):
                 start = position + 8
                 position = start + _U64.unpack_from(self.data, position)[0]
                 read.append(self.data[start:position].decode())

@@ -5,7 +5,7 @@ follow llama.cpp's converter. Whatever shapes the computation is set, never left
 default of the reader; `use_bidirectional_attention` isn't, as it concerns images alone.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from bezel.engine.errors import CheckpointError
@@ -33,13 +33,16 @@ def hf_config(metadata: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]) ->
     )
 
 
-def hf_generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The `generation_config.json`: every id that ends an answer, and sampling defaults if any."""
+def hf_generation_config(
+    metadata: Mapping[str, Any], token_id: Callable[[str], int | None]
+) -> dict[str, Any]:
+    """The `generation_config.json`: every id that ends an answer, and sampling defaults if any.
+
+    `token_id` is of the token spelled so, if the vocabulary has it.
+    """
     named = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
-    end_ids = [token_id for token_id in named if isinstance(token_id, int)]
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if isinstance(tokens, list):
-        end_ids += [tokens.index(token) for token in _END_TOKENS if token in tokens]
+    end_ids = [number for number in named if isinstance(number, int)]
+    end_ids += [found for found in map(token_id, _END_TOKENS) if found is not None]
     config: dict[str, Any] = {"eos_token_id": list(dict.fromkeys(end_ids))}
     sampling = {
         "temperature": metadata.get("general.sampling.temp"),

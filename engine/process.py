@@ -15,6 +15,7 @@ import zmq
 
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import BezelError, ConfigError
+from bezel.engine.garbage import nothing_collected
 from bezel.engine.lazy_imports import import_torch
 from bezel.engine.logs import hold_lines, last_words, start_logging
 from bezel.engine.messages import (
@@ -48,31 +49,35 @@ def run_engine(address: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     held = hold_lines()
-    import_torch()
-    # Here, not above: the API process imports this module too, and stays free of torch.
-    from bezel.engine.core import Engine
-    from bezel.engine.planning.machine import plan_of
-    from bezel.engine.planning.report import gist
-
-    startup_seconds = {"imports": time.monotonic() - started}
-    with last_words(), zmq.Context() as context, context.socket(zmq.PAIR) as socket:
+    with zmq.Context() as context, context.socket(zmq.PAIR) as socket:
         socket.set_hwm(0)
+        # Before all the imports: a message to nobody would wait in the parent, which sends it when
+        # somebody is there, but not while it reads its tokenizer, for a second.
         socket.connect(address)
-        message = _next_message(socket)
-        if message is None:
-            return
-        config = msgspec.msgpack.decode(message, type=EngineConfig)
-        start_logging("engine", config.logs, held=held)
-        try:
-            engine = Engine(config)
-        except ConfigError as error:
-            _send(socket, StartFailed(error.message))
-            return
-        for line in gist(plan_of(engine)):
-            logger.info(line)
-        startup_seconds |= engine.info.startup_seconds
-        _send(socket, msgspec.structs.replace(engine.info, startup_seconds=startup_seconds))
-        _serve(engine, socket)
+        with nothing_collected():
+            import_torch()
+            # Here, not above: the API process imports this module too, and stays free of torch.
+            from bezel.engine.core import Engine
+            from bezel.engine.planning.machine import plan_of
+            from bezel.engine.planning.report import gist
+
+        startup_seconds = {"imports": time.monotonic() - started}
+        with last_words():
+            message = _next_message(socket)
+            if message is None:
+                return
+            config = msgspec.msgpack.decode(message, type=EngineConfig)
+            start_logging("engine", config.logs, held=held)
+            try:
+                engine = Engine(config)
+            except ConfigError as error:
+                _send(socket, StartFailed(error.message))
+                return
+            for line in gist(plan_of(engine)):
+                logger.info(line)
+            startup_seconds |= engine.info.startup_seconds
+            _send(socket, msgspec.structs.replace(engine.info, startup_seconds=startup_seconds))
+            _serve(engine, socket)
 
 
 def _has_parent() -> bool:

@@ -21,6 +21,7 @@ import uvicorn
 
 from bezel.engine.client import SHUTDOWN_GRACE_S, EngineClient
 from bezel.engine.errors import ConfigError
+from bezel.engine.garbage import nothing_collected
 from bezel.engine.metric_families import StartupPhase
 from bezel.engine.metrics import Metrics
 from bezel.server.config import ServerConfig
@@ -100,10 +101,11 @@ async def _run(config: ServerConfig, sock: socket.socket) -> None:
     is_forced = False
     try:
         # Both processes are busy importing for a second; neither waits for the other.
-        from bezel.server.app import create_app
-        from bezel.server.connection import limited_protocol
-        from bezel.server.draining import UVICORN_TIMEOUT_S, DrainingServer
-        from bezel.server.state import ServerState
+        with nothing_collected():
+            from bezel.server.app import create_app
+            from bezel.server.connection import limited_protocol
+            from bezel.server.draining import UVICORN_TIMEOUT_S, DrainingServer
+            from bezel.server.state import ServerState
 
         state = ServerState(config, metrics)
         http = {

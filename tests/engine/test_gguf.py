@@ -160,6 +160,28 @@ def test_a_list_of_strings_is_held_against_the_file_before_it_is_read(tmp_path: 
         open_bytes(tmp_path, entry + string("good") + struct.pack("<Q", 1))
 
 
+def test_a_token_is_found_without_reading_the_vocabulary(
+    write_gguf: WriteGGUF, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The second holds, not at its beginning, what "b" looks like in the file.
+    within = "x" + "\x01" + "\x00" * 7 + "b"
+    tokens = ["a", within, "bb", "", "b", "naïve", "b"]
+    file = GGUFFile(write_gguf("gemma3", {"tokenizer.ggml.tokens": tokens}, {"a": values(32)}))
+    with monkeypatch.context() as patch:
+        patch.setattr("bezel.engine.gguf._Cursor.read", None)
+        found = [file.token_id(text) for text in ("a", "b", "bb", "", "naïve", within, "x", "na")]
+    assert found == [0, 4, 2, 3, 5, 1, None, None]
+    assert file.metadata["tokenizer.ggml.tokens"] == tokens
+    assert [file.token_id(text) for text in ("b", "x")] == [4, None]  # now that it has been read
+
+
+def test_a_file_may_have_no_vocabulary(write_gguf: WriteGGUF) -> None:
+    numbers = {"tokenizer.ggml.tokens": [1, 2]}
+    for n, metadata in enumerate(({}, numbers)):
+        path = write_gguf("gemma3", metadata, {"a": values(32)}, name=f"{n}.gguf")
+        assert GGUFFile(path).token_id("a") is None
+
+
 def test_files_that_are_no_gguf(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"made\.gguf is not a GGUF file"):
         open_bytes(tmp_path, b"PK\x03\x04 something else")

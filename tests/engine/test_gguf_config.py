@@ -200,16 +200,15 @@ def test_what_is_wrong_is_named() -> None:
 
 
 def test_generation_config_collects_every_end_of_an_answer() -> None:
-    tokens = ["<pad>", "<eos>", "<bos>", "a", "<turn|>", "<|tool_response>"]
+    tokens = {"<turn|>": 4, "<|tool_response>": 5}
     metadata = {
-        "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.eos_token_id": 1,
         "tokenizer.ggml.eot_token_id": 4,
         "tokenizer.ggml.suppress_tokens": [3],
         "general.sampling.temp": 1.0,
         "general.sampling.top_k": 64,
     }
-    assert hf_generation_config(metadata) == {
+    assert hf_generation_config(metadata, tokens.get) == {
         "eos_token_id": [1, 4, 5],
         "temperature": 1.0,
         "top_k": 64,

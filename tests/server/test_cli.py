@@ -133,6 +133,25 @@ def test_output_that_nobody_reads_is_no_error() -> None:
     assert process.wait(30) == 1
 
 
+def test_a_command_does_without_the_modules_of_others() -> None:
+    code = (
+        "import sys; from bezel.server.cli import main\n"
+        "main(['serve', '--print-config'])\n"
+        "found = {n for n in sys.modules if n.startswith('bezel.') and n.endswith('_command')}\n"
+        "sys.exit(str(found - {'bezel.server.serve_command', 'bezel.server.plan_command'}))"
+    )
+    done: Any = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "set()\n"
+
+
+def test_the_help_tells_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    printed = capsys.readouterr().out
+    names = ["serve", "chat", "complete", "plan", "simulate", "bench", "doctor", "collect-env"]
+    assert all(f"\n    {name}" in printed for name in names)
+
+
 def test_help_is_quick_because_it_imports_little() -> None:
     code = (
         "import sys; from bezel.server.cli import main\n"
