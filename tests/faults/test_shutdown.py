@@ -3,6 +3,7 @@
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import httpx
 from calm import CHAT, body, unexplained_lines, until
@@ -17,13 +18,17 @@ def test_sigterm_under_64_streams(flags: list[str], tmp_path: Path) -> None:
     try:
         server.wait_ready()
 
+        begun = Barrier(NUM_STREAMS + 1)
+
         def ask(number: int) -> list[str]:
             asked = body(max_tokens=4 if number % 4 == 0 else 1000, ignore_eos=True, stream=True)
-            return events_in(httpx.post(server.url + CHAT, json=asked, timeout=120).content)
+            with httpx.stream("POST", server.url + CHAT, json=asked, timeout=120) as response:
+                begun.wait(60)
+                return events_in(response.read())
 
         with ThreadPoolExecutor(NUM_STREAMS) as pool:
             asking = [pool.submit(ask, number) for number in range(NUM_STREAMS)]
-            until(lambda: server.metric(r"bezel_num_requests_(running|waiting)\{") > 50)
+            begun.wait(60)
             server.process.send_signal(signal.SIGTERM)
             until(lambda: httpx.get(f"{server.url}/ready").status_code == 503)
             late = httpx.post(server.url + CHAT, json=body(), timeout=60)
