@@ -69,10 +69,11 @@ def _plain_sum(values: Any, num_threads: int) -> int:
     total = 0
     size = len(values) // num_threads
     for i in prange(num_threads):
-        own = 0
-        for k in range(i * size, (i + 1) * size):
-            own += values[k]
-        total += own
+        own = values[i * size : (i + 1) * size]
+        part = 0
+        for k in range(len(own)):  # from 0 on, or the compiler has to expect negative ones
+            part += own[k]
+        total += part
     return total
 
 
