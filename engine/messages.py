@@ -16,6 +16,14 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class FailureCause(StrEnum):
+    """Why a sequence ended in `error`: no token may follow in its grammar, or none can be found;
+    or anything else, which is nothing that the request could do better."""
+
+    GRAMMAR = "grammar"
+    ENGINE = "engine"
+
+
 class AddSequence(msgspec.Struct, frozen=True, tag=True):
     """Start generating after `prompt_ids`."""
 
@@ -78,7 +86,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """New tokens of one sequence. The last one carries `finish_reason`.
+    """New tokens of one sequence. The last one carries `finish_reason`, and if that is `error`
+    also `failure`.
 
     `logprobs` has an entry for each of `token_ids` if they were asked for. `prompt_logprobs` come
     in pieces, in order, before or with the first token: an entry for each token of the prompt but
@@ -90,6 +99,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
+    failure: FailureCause | None = None
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
     num_cached_tokens: int = 0

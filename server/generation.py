@@ -13,7 +13,7 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
 from bezel.engine.errors import BezelError, EngineUnavailable, GrammarError, Overloaded
-from bezel.engine.messages import FinishReason, SequenceOutput, TokenLogprobs
+from bezel.engine.messages import FailureCause, FinishReason, SequenceOutput, TokenLogprobs
 from bezel.engine.metric_families import AbortReason
 from bezel.engine.sampling_params import SamplingParams
 from bezel.engine.sequence_metrics import SequenceMetrics
@@ -295,7 +295,7 @@ async def _decode(
     async with aclosing(outputs):
         async for output in outputs:
             if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                raise _failure(request, output.finish_reason)
+                raise _failure(output)
             if output.queue_seconds is not None:
                 metrics.observe_start(output.queue_seconds)
                 if not output.token_ids and not output.prompt_logprobs:
@@ -310,8 +310,8 @@ async def _decode(
     raise GenerationFailed("The engine ended the answer without a reason.")
 
 
-def _failure(request: TextRequest, reason: FinishReason) -> BezelError:
-    if reason is FinishReason.ERROR and request.params.grammar is not None:
+def _failure(output: SequenceOutput) -> BezelError:
+    if output.failure is FailureCause.GRAMMAR:
         # How much one costs, or whether a token is left, can't all be told before.
         return GrammarError(
             "What the output must be can't be enforced any further: no token may follow, or "

@@ -17,7 +17,13 @@ from bezel.engine.client import EngineClient
 from bezel.engine.config import EngineConfig
 from bezel.engine.core import Engine
 from bezel.engine.errors import ConfigError, EngineUnavailable, Overloaded
-from bezel.engine.messages import AddSequence, FinishReason, SequenceOutput, StepStats
+from bezel.engine.messages import (
+    AddSequence,
+    FailureCause,
+    FinishReason,
+    SequenceOutput,
+    StepStats,
+)
 from bezel.engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
@@ -285,7 +291,8 @@ def test_a_sequence_that_cannot_be_served_ends_alone(small_checkpoint: Path) -> 
         bound = SamplingParams(max_tokens=8, grammar="start: /x/")
         for prompt, params in (([3], too_long), ([3, 300], GREEDY), ([], GREEDY), ([3], bound)):
             outputs = await collect(client, "r", prompt, params)
-            assert [(o.token_ids, o.finish_reason) for o in outputs] == [([], FinishReason.ERROR)]
+            ends = [(o.token_ids, o.finish_reason, o.failure) for o in outputs]
+            assert ends == [([], FinishReason.ERROR, FailureCause.ENGINE)]
         answer = await collect(client, "fine", [3], GREEDY)
         assert answer[-1].finish_reason is FinishReason.LENGTH
         assert client.num_restarts == 0
