@@ -17,7 +17,7 @@ import zmq.asyncio
 
 from bezel.engine.child import LOOK_S, EngineChild
 from bezel.engine.config import EngineConfig
-from bezel.engine.errors import ConfigError, EngineUnavailable, Overloaded
+from bezel.engine.errors import ConfigError, EngineUnavailable
 from bezel.engine.messages import (
     AddSequence,
     EngineInfo,
@@ -65,7 +65,6 @@ class EngineClient:
     def __init__(self, config: EngineConfig, on_step: Callable[[StepStats], None]) -> None:
         self._config = config
         self._on_step = on_step
-        self._limit = config.max_num_seqs + config.max_num_queued_reqs
         self._streams: dict[str, _Stream] = {}
         self._info: EngineInfo | None = None
         self._child: EngineChild | None = None
@@ -128,10 +127,10 @@ class EngineClient:
         Closing the generator early aborts the sequence, in whatever phase it is.
 
         Raises:
-            Overloaded: before the first output, when the queue is full.
             EngineUnavailable: when the engine isn't there, or dies meanwhile.
         """
-        self._check_admission()
+        if not self._is_ready or self._is_closing:
+            raise EngineUnavailable("The engine is not ready; it is starting or shutting down.")
         stream = self._streams[request_id] = asyncio.Queue()
         self._ask(AddSequence(request_id, prompt_ids, params))
         try:
@@ -165,12 +164,6 @@ class EngineClient:
         atexit.unregister(self._abandon)
         self._context.destroy(linger=0)
         self._folder.cleanup()
-
-    def _check_admission(self) -> None:
-        if not self._is_ready or self._is_closing:
-            raise EngineUnavailable("The engine is not ready; it is starting or shutting down.")
-        if len(self._streams) >= self._limit:
-            raise Overloaded("The server's queue is full; try again shortly.", retry_after_s=1)
 
     def _spawn(self) -> None:
         """Start a process that waits for its configuration."""

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
-from bezel.engine.errors import BezelError, EngineUnavailable, GrammarError, Overloaded
+from bezel.engine.errors import BezelError, EngineUnavailable, GrammarError
 from bezel.engine.messages import FailureCause, FinishReason, SequenceOutput, TokenLogprobs
 from bezel.engine.metric_families import AbortReason
 from bezel.engine.sampling_params import SamplingParams
@@ -154,7 +154,7 @@ class Generation:
         """Give the engine the chance to refuse; it does so before it first suspends.
 
         Raises:
-            Overloaded, EngineUnavailable: it did.
+            EngineUnavailable: it did.
         """
         await asyncio.sleep(0)
         if self._refusal is not None:
@@ -189,9 +189,8 @@ class Generation:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if not isinstance(self._refusal, Overloaded):
-            num_choices = len(self._tasks) // self._num_prompts
-            self._metrics.observe_request(num_choices, max(self._num_tokens))
+        num_choices = len(self._tasks) // self._num_prompts
+        self._metrics.observe_request(num_choices, max(self._num_tokens))
 
 
 def abort_reason_of(error: Exception) -> AbortReason:
@@ -268,23 +267,19 @@ async def _deltas(
 ) -> AsyncGenerator[Delta, None]:
     """One sequence as text, with its metrics."""
     metrics = state.metrics.sequence(len(request.prompt_ids), request.params.max_tokens)
-    reason: FinishReason | None = FinishReason.ABORT
+    reason = FinishReason.ABORT
     try:
         async for delta in _decode(model, index, request, metrics):
             reason = delta.finish_reason or reason
             generation.summary.take(delta)
             yield delta
-    except Overloaded:
-        reason = None  # it never began
-        raise
     except Exception as error:
         reason = FinishReason.ERROR
         generation.abort_reason = abort_reason_of(error)
         raise
     finally:
-        if reason is not None:
-            metrics.observe_finished(reason, generation.abort_reason)
-            generation.summary.finish(index, reason, generation.abort_reason)
+        metrics.observe_finished(reason, generation.abort_reason)
+        generation.summary.finish(index, reason, generation.abort_reason)
 
 
 async def _decode(

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bezel.engine.errors import EngineUnavailable, Overloaded
+from bezel.engine.errors import EngineUnavailable
 from bezel.engine.messages import FailureCause, FinishReason
 from bezel.server.schemas import ChatCompletionRequest, CompletionRequest
 from bezel.server.version import SYSTEM_FINGERPRINT
@@ -412,13 +412,13 @@ async def test_unknown_model(client: httpx.AsyncClient, chat: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_overload(client: httpx.AsyncClient, engine: Any, chat: Any, stream: bool) -> None:
-    engine.refusal = Overloaded("The queue is full.", retry_after_s=3)
+async def test_overload(client: httpx.AsyncClient, state: Any, chat: Any, stream: bool) -> None:
+    state.admission.places.take("", 10_000)
     response = await client.post(CHAT, json=chat(stream=stream))
     assert response.status_code == 429
-    assert response.headers["retry-after"] == "3"
+    assert response.headers["retry-after"] == "10"
     assert response.json()["error"] == {
-        "message": "The queue is full.",
+        "message": "The server's queue is full. Try again in 10 s.",
         "type": "rate_limit_error",
         "param": None,
         "code": "slow_down",
