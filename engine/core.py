@@ -15,6 +15,7 @@ from bezel.engine.config import EngineConfig
 from bezel.engine.errors import BezelError, GrammarError
 from bezel.engine.grammar import GrammarCompiler, GrammarState
 from bezel.engine.grammar_queue import GrammarQueue
+from bezel.engine.logs import num_dropped_lines
 from bezel.engine.memory import prefix_cache_bytes
 from bezel.engine.messages import (
     AddSequence,
@@ -255,6 +256,7 @@ class Engine:
             step_seconds=step_s,
             schedule_seconds=schedule_s,
             model_seconds=model_s,
+            num_dropped_log_lines=num_dropped_lines(),
         )
 
 

@@ -123,6 +123,7 @@ class PrefixStats(msgspec.Struct, frozen=True, kw_only=True):
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """State of the engine after a step, and what the step cost; no tokens means no step.
 
+    `num_dropped_log_lines` are those that its process couldn't write since its start.
     Of `step_seconds`, the scheduler took `schedule_seconds`, model and sampling `model_seconds`.
     """
 
@@ -137,6 +138,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     step_seconds: float
     schedule_seconds: float = 0.0
     model_seconds: float = 0.0
+    num_dropped_log_lines: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):
