@@ -7,8 +7,6 @@ HOST =
 PORT =
 ARGS =
 
-AUDIT = pip-audit==2.10.1
-
 # Its wheel has Gemma 4's chat templates; what it needs to train models isn't wanted.
 TEMPLATES = trl==1.16.0
 
@@ -61,12 +59,8 @@ docs: .venv/.installed-serve ## write the generated pages and tables in docs ane
 size: ## lines per folder and module
 	@$(PYTHON) benchmarks/size.py
 
-# Apart from .venv, so that it judges what Bezel needs and not what it needs itself.
 audit: .venv/.installed-serve ## ask an advisory service about known vulnerabilities of what is installed
-	@test -x build/audit/bin/pip-audit || { $(PYTHON) -m venv build/audit && \
-	  build/audit/bin/python -m pip install --disable-pip-version-check --quiet $(AUDIT); }
-	build/audit/bin/pip-audit --skip-editable --path "$$(.venv/bin/python -c \
-	  'import sysconfig; print(sysconfig.get_path("purelib"))')" $(ARGS)
+	.venv/bin/python .ci/audit.py $(ARGS)
 
 kernels-aot: .venv/.installed-test ## compile all kernels for all GPUs, on none: ARGS=--update writes the table anew
 	.venv/bin/python benchmarks/kernels_aot.py $(ARGS)

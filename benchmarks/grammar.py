@@ -1,6 +1,8 @@
 """What grammars cost: `python benchmarks/grammar.py [MODEL]`.
 
     vocabulary    once for each engine: seconds, and memory it keeps
+    first         grammar of an engine, while another sequence decodes: how long that one pauses at
+                  most, and how long the first token takes
     compile       of a grammar that is new, and of one that was seen before
     mask          of one token: time to find what may come next, and to move on by the token
     apply         of a mask to a row of logits, on the CPU
@@ -22,7 +24,11 @@ import numpy as np
 import torch
 
 from bezel.engine.checkpoint import resolve_checkpoint
+from bezel.engine.config import EngineConfig
+from bezel.engine.core import Engine
 from bezel.engine.grammar import GrammarCompiler
+from bezel.engine.messages import AddSequence
+from bezel.engine.sampling_params import SamplingParams
 from bezel.engine.tokenizer import Tokenizer
 from bezel.kernels.token_mask import apply_token_mask
 from bezel.server.chat import Thinking
@@ -181,10 +187,34 @@ def _run(case: Case, compiler: GrammarCompiler, tokenizer: Tokenizer) -> list[fl
     return warm
 
 
+def _first_grammar(model: str) -> tuple[float, float, float]:
+    """Seconds: the usual time between two tokens of a stream, the longest after the first grammar
+    of the engine has come, and until that one's first token."""
+    engine = Engine(EngineConfig(model=model))
+    endless = SamplingParams(max_tokens=2000, temperature=0.0, ignore_eos=True)
+    engine.add(AddSequence("stream", [2, 107], endless))
+    usual = statistics.median(_ms(engine.step) for _ in range(30)) / 1e3
+    started = last = time.perf_counter()
+    bound = SamplingParams(max_tokens=8, grammar="start: /[a-z ]{20,}/")
+    engine.add(AddSequence("bound", [2, 107], bound))
+    longest = 0.0
+    while True:
+        outputs, now = engine.step().outputs, time.perf_counter()
+        longest, last = max(longest, now - last), now
+        if any(output.request_id == "bound" and output.token_ids for output in outputs):
+            return usual, longest, now - started
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model", nargs="?", default="default")
-    checkpoint = resolve_checkpoint(parser.parse_args().model)
+    model = parser.parse_args().model
+    usual, longest, first = _first_grammar(model)
+    print(
+        f"first grammar: a stream of a token every {usual:.3f} s pauses for {longest:.2f} s at most"
+    )
+    print(f"first grammar: its own first token after {first:.1f} s")
+    checkpoint = resolve_checkpoint(model)
     tokenizer = Tokenizer.load(checkpoint)
     torch.set_num_threads(1)
     before_bytes, started = _memory_bytes(), time.perf_counter()

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _INDEX = "model.safetensors.index.json"
+_SHARD = re.compile(r"[^/\\]+\.safetensors")
 _PICKLES = ("*.bin", "*.pt", "*.pth")
 
 
@@ -171,7 +172,13 @@ def _indexed_shards(directory: Path) -> list[Path]:
     weight_map = read_json(directory / _INDEX).get("weight_map")
     if not weight_map or not isinstance(weight_map, dict):
         raise CheckpointError(f"{directory / _INDEX} has no weight_map")
-    shards = [directory / str(name) for name in sorted(set(weight_map.values()), key=str)]
+    for name in weight_map.values():
+        # Files beside the index, which may themselves be links: the hub's cache is made of them.
+        if not (isinstance(name, str) and _SHARD.fullmatch(name)):
+            raise CheckpointError(
+                f"{directory / _INDEX} names {name!r}, which isn't a .safetensors file beside it"
+            )
+    shards = [directory / name for name in sorted(set(weight_map.values()))]
     for shard in shards:
         if not shard.exists():
             raise CheckpointError(f"{directory} lacks {shard.name}, which its index names")

@@ -17,7 +17,7 @@ import zmq.asyncio
 
 from bezel.engine.child import LOOK_S, EngineChild
 from bezel.engine.config import EngineConfig
-from bezel.engine.errors import ConfigError, EngineUnavailable, Overloaded
+from bezel.engine.errors import ConfigError, EngineUnavailable
 from bezel.engine.messages import (
     AddSequence,
     EngineInfo,
@@ -41,6 +41,7 @@ SHUTDOWN_GRACE_S = 5.0  # for the step under way; after that the process is kill
 MAX_RESTART_PAUSE_S = 30.0
 # An engine that lived for so long has proved that it can: the next one is started at once.
 PROVEN_S = 60.0
+LOADING_NOTICE_S = 60.0  # how often it is said that an engine is still loading
 
 _WARM_UP_ID = "warm-up"
 # The state of an engine that isn't there.
@@ -65,7 +66,6 @@ class EngineClient:
     def __init__(self, config: EngineConfig, on_step: Callable[[StepStats], None]) -> None:
         self._config = config
         self._on_step = on_step
-        self._limit = config.max_num_seqs + config.max_num_queued_reqs
         self._streams: dict[str, _Stream] = {}
         self._info: EngineInfo | None = None
         self._child: EngineChild | None = None
@@ -77,7 +77,7 @@ class EngineClient:
         # An answer is due: a step, or word that there is nothing left to do.
         self._is_due = False
         self._last_heard = time.monotonic()
-        self._silent_s = 0.0
+        self._silent_s = self._loading_s = 0.0
         self._is_hung = False
         self.num_restarts = 0
 
@@ -128,10 +128,10 @@ class EngineClient:
         Closing the generator early aborts the sequence, in whatever phase it is.
 
         Raises:
-            Overloaded: before the first output, when the queue is full.
             EngineUnavailable: when the engine isn't there, or dies meanwhile.
         """
-        self._check_admission()
+        if not self._is_ready or self._is_closing:
+            raise EngineUnavailable("The engine is not ready; it is starting or shutting down.")
         stream = self._streams[request_id] = asyncio.Queue()
         self._ask(AddSequence(request_id, prompt_ids, params))
         try:
@@ -166,12 +166,6 @@ class EngineClient:
         self._context.destroy(linger=0)
         self._folder.cleanup()
 
-    def _check_admission(self) -> None:
-        if not self._is_ready or self._is_closing:
-            raise EngineUnavailable("The engine is not ready; it is starting or shutting down.")
-        if len(self._streams) >= self._limit:
-            raise Overloaded("The server's queue is full; try again shortly.", retry_after_s=1)
-
     def _spawn(self) -> None:
         """Start a process that waits for its configuration."""
         path = Path(self._folder.name) / f"engine-{self.num_restarts}"
@@ -180,7 +174,8 @@ class EngineClient:
     async def _load(self) -> None:
         """Send the configuration, take the answer to it, and have a first token computed."""
         assert self._child is not None
-        self._is_due = self._is_hung = False  # loading takes as long as it takes
+        self._is_due = self._is_hung = False
+        self._loading_s = 0.0
         self._child.send(self._config)
         message = await self._receive()
         if message is None:
@@ -265,7 +260,10 @@ class EngineClient:
         return message
 
     def _look(self) -> None:
-        """End the process if it has been silent for too long, which it never is while it works."""
+        """End the process if it has been silent for too long, which it never is while it works, or
+        has been loading for too long."""
+        if not self._is_ready:
+            self._look_at_loading()
         # Summed up look by look, not read off a clock: while this process was stopped, the engine
         # may have been stopped too.
         self._silent_s = self._silent_s + LOOK_S if self._is_due else 0.0
@@ -277,6 +275,20 @@ class EngineClient:
             logger.error("the engine has said nothing for %.0f s; ending it", self._silent_s)
             self._is_hung = True
             self._child.kill()
+
+    def _look_at_loading(self) -> None:
+        assert self._child is not None
+        self._loading_s += LOOK_S
+        doing = "computing a first token" if self._is_due else "loading the model"
+        if 0 < self._config.engine_ready_timeout <= self._loading_s:
+            flag = "--engine-ready-timeout"
+            logger.error(
+                "the engine isn't ready after %.0f s (%s), but %s; ending it",
+                *(self._loading_s, flag, doing),
+            )
+            self._child.kill()
+        elif self._loading_s % LOADING_NOTICE_S == 0:
+            logger.info("the engine isn't ready after %.0f s, but %s", self._loading_s, doing)
 
     def _take(self, step: StepOutput) -> None:
         self._on_step(step.stats)

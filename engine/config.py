@@ -50,6 +50,11 @@ class EngineConfig:
         "Seconds the engine may say nothing with work pending before its process is ended and "
         "started anew; 0 for any number [default: 300, and more on a CPU with a large model]",
     )
+    engine_ready_timeout: int = option(
+        1800,
+        "Seconds in which the engine must have loaded the model and computed a first token before "
+        "its process is ended; 0 for any number",
+    )
     max_num_batched_tokens: int = option(2048, "Token budget of one step, prefill chunks included")
     long_prefill_token_threshold: int = option(
         0, "Most prompt tokens one sequence computes in a step; 0 means the whole budget"
@@ -97,6 +102,7 @@ class EngineConfig:
         _at_least(0, "--max-num-queued-reqs", self.max_num_queued_reqs)
         _at_least(1, "--max-num-queued-tokens", self.max_num_queued_tokens)
         _at_least(0, "--engine-hang-timeout", self.engine_hang_timeout or 0)
+        _at_least(0, "--engine-ready-timeout", self.engine_ready_timeout)
         _at_least(self.max_num_seqs, "--max-num-batched-tokens", self.max_num_batched_tokens)
         _at_least(0, "--long-prefill-token-threshold", self.long_prefill_token_threshold)
         _at_least(0, "--max-num-mixed-prefill-tokens", self.max_num_mixed_prefill_tokens)

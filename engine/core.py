@@ -3,20 +3,24 @@
 Scheduler.schedule → ScheduledStep → ModelRunner.run → Sampler.draw → Scheduler.commit → StepOutput
 """
 
+import logging
 import os
 import time
 from collections.abc import Sequence as SequenceOf
-from functools import cached_property
 
 import torch
 
 from bezel.engine.checkpoint import Checkpoint, resolve_checkpoint
 from bezel.engine.config import EngineConfig
-from bezel.engine.grammar import GrammarCompiler
+from bezel.engine.errors import BezelError, GrammarError
+from bezel.engine.grammar import GrammarCompiler, GrammarState
+from bezel.engine.grammar_queue import GrammarQueue
+from bezel.engine.logs import num_dropped_lines
 from bezel.engine.memory import prefix_cache_bytes
 from bezel.engine.messages import (
     AddSequence,
     EngineInfo,
+    FailureCause,
     FinishReason,
     PrefixStats,
     SequenceOutput,
@@ -31,6 +35,11 @@ from bezel.engine.sampling_params import SamplingParams
 from bezel.engine.scheduler import ScheduledStep, Scheduler
 from bezel.engine.sequence import Sequence
 from bezel.engine.warm_up import warm_up_sampling
+
+logger = logging.getLogger("bezel")
+
+# With nothing else to do, as long as a message may lie unread while a grammar isn't compiled.
+_GRAMMAR_WAIT_S = 0.01
 
 
 class Engine:
@@ -56,6 +65,7 @@ class Engine:
         self._eos_token_ids = frozenset(
             token_id for token_id in eos_token_ids(self.checkpoint) if token_id < vocab_size
         )
+        self.grammars = GrammarQueue(self._make_grammar_compiler)
         self._num_added = 0
         self._arrivals: dict[str, float] = {}  # of those that no step has begun with
 
@@ -82,15 +92,9 @@ class Engine:
             startup_seconds=self.runner.startup_seconds,
         )
 
-    @cached_property
-    def grammar_compiler(self) -> GrammarCompiler:
-        """Made when the first grammar comes: seconds, and memory, that others needn't spend."""
-        vocab_size = self.runner.model_config.vocab_size
-        return GrammarCompiler(self.checkpoint, vocab_size, self._eos_token_ids)
-
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return self.scheduler.has_work or len(self.grammars) > 0
 
     def can_serve(self, request: AddSequence) -> bool:
         """Whether prompt and output fit, and every token has an embedding.
@@ -107,16 +111,16 @@ class Engine:
         )
 
     def add(self, request: AddSequence) -> None:
-        """Queue a sequence that the engine `can_serve`.
-
-        Raises:
-            BezelError: its grammar can't be compiled.
-        """
+        """Queue a sequence that the engine `can_serve`."""
         assert self.can_serve(request)
+        self._arrivals[request.request_id] = time.perf_counter()
+        if request.params.grammar is None:
+            self._schedule(request, None)
+        else:
+            self.grammars.add(request)
+
+    def _schedule(self, request: AddSequence, grammar: GrammarState | None) -> None:
         params = request.params
-        grammar = None
-        if params.grammar is not None:
-            grammar = self.grammar_compiler.compile(params.grammar)
         eos = frozenset() if params.ignore_eos else self._eos_token_ids
         self._num_added += 1
         sequence = Sequence(
@@ -133,16 +137,38 @@ class Engine:
             grammar=grammar,
         )
         self.scheduler.add(sequence)
-        self._arrivals[request.request_id] = time.perf_counter()
 
     def finish(self, request_id: str, reason: FinishReason) -> None:
         """End a sequence in any phase; nothing happens if it has already ended."""
         self._arrivals.pop(request_id, None)
+        self.grammars.remove(request_id)
         self.scheduler.finish(request_id, reason)
 
-    @torch.inference_mode()
     def step(self) -> StepOutput:
-        """Compute one step. Call only while `has_work`."""
+        """Compute one step, with those whose grammars are compiled by now. Call only while
+        `has_work`; nothing is computed where that is a grammar that isn't."""
+        refusals = self._take_grammars()
+        step = self._compute() if self.scheduler.has_work else self.report()
+        return StepOutput(outputs=refusals + step.outputs, stats=step.stats) if refusals else step
+
+    def _take_grammars(self) -> list[SequenceOutput]:
+        """Schedule those whose grammars are compiled; the ends of those whose can't be."""
+        refusals = []
+        timeout_s = 0.0 if self.scheduler.has_work else _GRAMMAR_WAIT_S
+        for request, grammar in self.grammars.take(timeout_s):
+            if isinstance(grammar, BezelError):
+                refusals.append(_refusal(request, grammar))
+                del self._arrivals[request.request_id]
+            else:
+                self._schedule(request, grammar)
+        return refusals
+
+    def _make_grammar_compiler(self) -> GrammarCompiler:
+        vocab_size = self.runner.model_config.vocab_size
+        return GrammarCompiler(self.checkpoint, vocab_size, self._eos_token_ids)
+
+    @torch.inference_mode()
+    def _compute(self) -> StepOutput:
         started = time.perf_counter()
         step = self.scheduler.schedule()
         assert step.sequences, "there is work, but nothing could be scheduled"
@@ -158,9 +184,10 @@ class Engine:
         outputs = [
             SequenceOutput(
                 request_id=sequence.request_id,
-                token_ids=[] if token_id is None else [token_id],
+                token_ids=[token_id] if isinstance(token_id, int) else [],
                 finish_reason=sequence.finish_reason,
-                logprobs=[logprobs[row]] if row in logprobs and token_id is not None else [],
+                failure=sequence.failure,
+                logprobs=[logprobs[row]] if row in logprobs and isinstance(token_id, int) else [],
                 prompt_logprobs=pieces.pop(sequence.request_id, []),
                 num_cached_tokens=_cached_tokens_to_tell(sequence),
                 queue_seconds=queued.pop(sequence.request_id, None),
@@ -211,7 +238,7 @@ class Engine:
         num_prefill = sum(s.num_tokens for s in step.sequences if s.is_prefill)
         return StepStats(
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
+            num_waiting=len(self.scheduler.waiting) + len(self.grammars),
             local_pages_used=used.local,
             global_pages_used=used.global_,
             num_prefill_tokens=num_prefill,
@@ -229,7 +256,22 @@ class Engine:
             step_seconds=step_s,
             schedule_seconds=schedule_s,
             model_seconds=model_s,
+            num_dropped_log_lines=num_dropped_lines(),
         )
+
+
+def _refusal(request: AddSequence, error: BezelError) -> SequenceOutput:
+    ids = {"request_id": request.request_id}
+    logger.warning("the engine can't serve a request", extra=ids)
+    # The reason may quote it.
+    logger.debug("the engine can't serve a request: %s", error.message, extra=ids)
+    is_clients = isinstance(error, GrammarError)
+    return SequenceOutput(
+        request_id=request.request_id,
+        token_ids=[],
+        finish_reason=FinishReason.ERROR,
+        failure=FailureCause.GRAMMAR if is_clients else FailureCause.ENGINE,
+    )
 
 
 def _cached_tokens_to_tell(sequence: Sequence) -> int:

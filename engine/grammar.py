@@ -10,23 +10,20 @@ are never text, so no string and no regular expression lets one through.
 W words of 32 tokens, int32.
 """
 
-import re
 from collections import OrderedDict
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
-import tokenizers
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits
 
 from bezel.engine.checkpoint import Checkpoint
 from bezel.engine.errors import GrammarError
+from bezel.engine.grammar_vocabulary import GrammarVocabulary
 from bezel.engine.tokenizer_files import load_tokenizer_files
 
 Mask = npt.NDArray[np.int32]
 
 _MAX_CACHED = 64
-_TAG = re.compile(r"</?[a-z][a-z0-9]*>")
 
 
 class GrammarCompiler:
@@ -34,7 +31,8 @@ class GrammarCompiler:
 
     `vocab_size` is the model's: ids beyond the tokenizer's, of padding, are never allowed, nor are
     those that the tokenizer alone knows. Any of `eos_token_ids` ends an output, where the grammar
-    may end. Making one takes seconds, in which no other Python code of the process runs.
+    may end. Making one takes two seconds, in pieces of half a second or more in which no other
+    Python code of the process runs.
     """
 
     def __init__(
@@ -48,7 +46,7 @@ class GrammarCompiler:
         known = backend.get_vocab_size()
         eos = sorted(i for i in eos_token_ids if i < min(known, vocab_size))
         # llguidance won't do without an end token; without any of ours it is masked out below.
-        self._tokenizer = LLTokenizer(_without_tags(backend), n_vocab=known, eos_token=eos or None)
+        self._tokenizer = GrammarVocabulary(backend, eos).prepare()
         self._limits = LLParserLimits(verbose_errors=False)
         self._eos_token_ids = frozenset(eos)
         self._never = _words_of(self._tokenizer.vocab_size)
@@ -122,21 +120,6 @@ class GrammarState:
             error = self._matcher.get_error()
             assert "doesn't satisfy the grammar" not in error, f"{token_id} isn't allowed"
             raise GrammarError(error)
-
-
-def _without_tags(backend: tokenizers.Tokenizer) -> str:
-    """The tokenizer's JSON, in which `<div>` and its like are nothing special.
-
-    llguidance takes every added token in angle brackets for a control token, which Gemma's for
-    HTML are not: text may hold them. As part of the plain vocabulary they are text.
-    """
-    tokenizer = msgspec.json.decode(backend.to_str())
-    tokenizer["added_tokens"] = [
-        token
-        for token in tokenizer["added_tokens"]
-        if token["special"] or not _TAG.fullmatch(token["content"])
-    ]
-    return msgspec.json.encode(tokenizer).decode()
 
 
 def _words_of(num_tokens: int) -> Mask:

@@ -193,6 +193,12 @@ def start_logging(
         held.close()
 
 
+def num_dropped_lines() -> int:
+    """Lines of this process that were not written since `start_logging`, and won't be."""
+    handlers = logging.getLogger().handlers
+    return sum(handler.num_dropped for handler in handlers if isinstance(handler, LineHandler))
+
+
 @contextmanager
 def last_words() -> Iterator[None]:
     """Log what ends this process, in its own format, and end it with exit code 1."""

@@ -16,6 +16,14 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
+class FailureCause(StrEnum):
+    """Why a sequence ended in `error`: no token may follow in its grammar, or none can be found;
+    or anything else, which is nothing that the request could do better."""
+
+    GRAMMAR = "grammar"
+    ENGINE = "engine"
+
+
 class AddSequence(msgspec.Struct, frozen=True, tag=True):
     """Start generating after `prompt_ids`."""
 
@@ -78,7 +86,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """New tokens of one sequence. The last one carries `finish_reason`.
+    """New tokens of one sequence. The last one carries `finish_reason`, and if that is `error`
+    also `failure`.
 
     `logprobs` has an entry for each of `token_ids` if they were asked for. `prompt_logprobs` come
     in pieces, in order, before or with the first token: an entry for each token of the prompt but
@@ -90,6 +99,7 @@ class SequenceOutput(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     request_id: str
     token_ids: list[int]
     finish_reason: FinishReason | None = None
+    failure: FailureCause | None = None
     logprobs: list[TokenLogprobs] = []
     prompt_logprobs: list[TokenLogprobs] = []
     num_cached_tokens: int = 0
@@ -113,6 +123,7 @@ class PrefixStats(msgspec.Struct, frozen=True, kw_only=True):
 class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     """State of the engine after a step, and what the step cost; no tokens means no step.
 
+    `num_dropped_log_lines` are those that its process couldn't write since its start.
     Of `step_seconds`, the scheduler took `schedule_seconds`, model and sampling `model_seconds`.
     """
 
@@ -127,6 +138,7 @@ class StepStats(msgspec.Struct, frozen=True, kw_only=True):
     step_seconds: float
     schedule_seconds: float = 0.0
     model_seconds: float = 0.0
+    num_dropped_log_lines: int = 0
 
 
 class StepOutput(msgspec.Struct, frozen=True, kw_only=True, tag=True):

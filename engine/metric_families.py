@@ -58,6 +58,27 @@ class Rejection(StrEnum):
     MAX_NUM_QUEUED_TOKENS = "max_num_queued_tokens"
 
 
+class ConnectionEnd(StrEnum):
+    """Who closed a connection, or which limit it met."""
+
+    CLIENT = "client"
+    SERVER = "server"
+    MALFORMED = "malformed"
+    MAX_CONNECTIONS = "max_connections"
+    MAX_HEADER_BYTES = "max_header_bytes"
+    MAX_BODY_BYTES = "max_body_bytes"
+    RECEIVE_TIMEOUT = "receive_timeout"
+    SEND_TIMEOUT = "send_timeout"
+    TIMEOUT_KEEP_ALIVE = "timeout_keep_alive"
+
+
+class Process(StrEnum):
+    """Bezel's two, as their log lines name them."""
+
+    SERVER = "server"
+    ENGINE = "engine"
+
+
 @dataclass(frozen=True, slots=True)
 class Family:
     """One row. `name` comes without `bezel_`, a counter's without `_total`.
@@ -136,6 +157,21 @@ SERVER = (
         Kind.HISTOGRAM,
         "How much later than asked the API process's event loop wakes up.",
         buckets=SHORT_BUCKETS,
+        of_model=False,
+    ),
+    Family("connections_open", Kind.GAUGE, "Connections of clients that are open.", of_model=False),
+    Family(
+        "connections_closed",
+        Kind.COUNTER,
+        "Connections of clients that were closed, by who did it or by the limit they met.",
+        {"reason": tuple(ConnectionEnd)},
+        of_model=False,
+    ),
+    Family(
+        "log_lines_dropped",
+        Kind.COUNTER,
+        "Log lines that couldn't be written, by the process that said them.",
+        {"process": tuple(Process)},
         of_model=False,
     ),
     Family(

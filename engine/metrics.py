@@ -19,7 +19,15 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from bezel.engine.messages import EngineInfo, PrefixStats, StepStats
-from bezel.engine.metric_families import FAMILIES, Family, Kind, Rejection, StartupPhase
+from bezel.engine.metric_families import (
+    FAMILIES,
+    ConnectionEnd,
+    Family,
+    Kind,
+    Process,
+    Rejection,
+    StartupPhase,
+)
 from bezel.engine.sequence_metrics import SequenceMetrics
 
 _Series = Gauge | Counter | Histogram
@@ -46,6 +54,8 @@ class Metrics:
         self._startup: dict[StartupPhase, float] = {}
         self._num_restarts = 0
         self._prefix = PrefixStats()
+        self._num_dropped = dict.fromkeys(Process, 0)
+        self._begin(of_model=False)
         self.set("ready", 0)
         self.set("build_info", 1, version("bezel-serve"), platform.python_version())
 
@@ -81,13 +91,16 @@ class Metrics:
         """Begin the model's series, all at zero, so that rates are right from the first event."""
         self._model_name = model_name
         self._children.clear()
-        for family in FAMILIES:
-            if family.of_model:
-                for labels in product(*family.labels.values()):
-                    self._child(family.name, labels)
+        self._begin(of_model=True)
         self._take_over(info)
         self._observe_pages(0, 0)
         self._observe_prefix_cache(PrefixStats())
+
+    def _begin(self, of_model: bool) -> None:
+        for family in FAMILIES:
+            if family.of_model == of_model:
+                for labels in product(*family.labels.values()):
+                    self._child(family.name, labels)
 
     def observe_startup(self, phase: StartupPhase, seconds: float) -> None:
         """Note how long a part of the start took; also before there is a model."""
@@ -100,6 +113,7 @@ class Metrics:
 
         What it computes before there is a model to name, to see that it can, isn't counted.
         """
+        self.observe_dropped_lines(Process.ENGINE, stats.num_dropped_log_lines)
         if self._info is None:
             return
         self.set("num_requests_running", stats.num_running)
@@ -175,6 +189,21 @@ class Metrics:
     def observe_event_loop_lag(self, seconds: float) -> None:
         """Note how late the event loop woke up."""
         self.observe("event_loop_lag_seconds", seconds)
+
+    def observe_connections(self, num_open: int) -> None:
+        """Take over how many there are."""
+        self.set("connections_open", num_open)
+
+    def observe_connection_end(self, end: ConnectionEnd) -> None:
+        """Count a connection that was closed."""
+        self.add("connections_closed", 1, end)
+
+    def observe_dropped_lines(self, process: Process, num_dropped: int) -> None:
+        """Take over how many log lines a process has dropped since its start."""
+        num_more = num_dropped - self._num_dropped[process]
+        # An engine started anew counts from zero.
+        self.add("log_lines_dropped", num_more if num_more >= 0 else num_dropped, process)
+        self._num_dropped[process] = num_dropped
 
     def observe_http(self, method: str, route: str, status: int, seconds: float) -> None:
         """Count one HTTP response. `route` is the template, so that labels stay few."""

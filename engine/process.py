@@ -14,12 +14,13 @@ import msgspec
 import zmq
 
 from bezel.engine.config import EngineConfig
-from bezel.engine.errors import BezelError, ConfigError
+from bezel.engine.errors import ConfigError
 from bezel.engine.garbage import nothing_collected
 from bezel.engine.lazy_imports import import_torch
 from bezel.engine.logs import hold_lines, last_words, start_logging
 from bezel.engine.messages import (
     AddSequence,
+    FailureCause,
     FinishReason,
     FinishSequence,
     FromEngine,
@@ -118,27 +119,17 @@ def _handle(
 ) -> None:
     if isinstance(message, FinishSequence):
         engine.finish(message.request_id, message.reason)
-    elif not _add(engine, message):
+    elif engine.can_serve(message):
+        engine.add(message)
+    else:
         refusal = SequenceOutput(
-            request_id=message.request_id, token_ids=[], finish_reason=FinishReason.ERROR
+            request_id=message.request_id,
+            token_ids=[],
+            finish_reason=FinishReason.ERROR,
+            failure=FailureCause.ENGINE,
         )
         report = engine.report()
         _send(socket, StepOutput(outputs=[refusal], stats=report.stats))
-
-
-def _add(engine: "Engine", message: AddSequence) -> bool:
-    """Whether the sequence was queued."""
-    if not engine.can_serve(message):
-        return False
-    try:
-        engine.add(message)
-    except BezelError as error:
-        ids = {"request_id": message.request_id}
-        logger.warning("the engine can't serve a request", extra=ids)
-        # The reason may quote it.
-        logger.debug("the engine can't serve a request: %s", error.message, extra=ids)
-        return False
-    return True
 
 
 def _send(socket: "zmq.Socket[bytes]", message: FromEngine) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from bezel.engine.logprobs import DeviceLogprobs, RawLogits
-from bezel.engine.messages import TokenLogprobs
+from bezel.engine.messages import FailureCause, TokenLogprobs
 from bezel.engine.sequence import Sequence
 from bezel.engine.token_masks import TokenMasks
 from bezel.kernels.logits import edit_logits
@@ -28,13 +28,14 @@ class Draws:
     logprobs: DeviceLogprobs | None
     rows: list[int]  # which have log-probabilities
 
-    def fetch(self) -> tuple[list[int | None], dict[int, TokenLogprobs]]:
+    def fetch(self) -> tuple[list[int | FailureCause], dict[int, TokenLogprobs]]:
         """The tokens, and by row the log-probabilities of those that ask; waits for the device.
 
-        None stands for a token that the sequence's mask doesn't allow: no other was left.
+        A cause stands for a token that the sequence's mask doesn't allow.
         """
         drawn: list[int] = self.token_ids_N.tolist()
-        token_ids = list[int | None](drawn) if self.masks is None else self.masks.checked(drawn)
+        masks = self.masks
+        token_ids = list[int | FailureCause](drawn) if masks is None else masks.checked(drawn)
         logprobs = [] if self.logprobs is None else self.logprobs.fetch()
         return token_ids, dict(zip(self.rows, logprobs, strict=True))
 
@@ -43,15 +44,15 @@ class Sampler:
     """`suppressed` tokens, named by the checkpoint, are never drawn."""
 
     def __init__(self, suppressed: list[int], vocab_size: int) -> None:
-        known = [token_id for token_id in suppressed if token_id < vocab_size]
-        self._suppressed = torch.tensor(known, dtype=torch.int64)
+        self._suppressed_ids = [token_id for token_id in suppressed if token_id < vocab_size]
+        self._suppressed = torch.tensor(self._suppressed_ids, dtype=torch.int64)
 
     def draw(self, logits_NV: Tensor, sequences: list[Sequence]) -> Draws:
         """Draw a token per row; nothing here waits for the device.
 
         `logits_NV` (float32, contiguous) is changed in place.
         """
-        masks = TokenMasks.of(sequences, logits_NV.shape[1])
+        masks = TokenMasks.of(sequences, logits_NV.shape[1], self._suppressed_ids)
         if all(sequence.params.logprobs is None for sequence in sequences):
             return Draws(self.sample(logits_NV, sequences, masks), masks, None, [])
         changes = masks is not None or len(self._suppressed) > 0 or any(map(_has_edits, sequences))

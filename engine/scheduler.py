@@ -17,7 +17,7 @@ from itertools import islice
 from bezel.engine import joint_prefill
 from bezel.engine.config import EngineConfig
 from bezel.engine.kv_layout import PageCount
-from bezel.engine.messages import FinishReason
+from bezel.engine.messages import FailureCause, FinishReason
 from bezel.engine.page_pool import PagePool
 from bezel.engine.prefix_cache import PrefixHit
 from bezel.engine.prefix_sharing import PrefixSharing
@@ -140,9 +140,11 @@ class Scheduler:
         step.sequences = sorted(chosen.values(), key=lambda scheduled: scheduled.num_tokens > 1)
         return step
 
-    def commit(self, step: ScheduledStep, token_ids: Iterable[int | None]) -> list[Sequence]:
-        """Book a computed step: `token_ids` are the draws for `step.sampled`, in that order; None
-        ends a sequence for which none could be drawn.
+    def commit(
+        self, step: ScheduledStep, token_ids: Iterable[int | FailureCause]
+    ) -> list[Sequence]:
+        """Book a computed step: `token_ids` are the draws for `step.sampled`, in that order; a
+        cause ends a sequence for which none could be drawn.
 
         Returns the sampled sequences; those that ended have their `finish_reason` set.
         """
@@ -159,7 +161,10 @@ class Scheduler:
                 self.waiting.charge(sequence, 1)
         sampled = step.sampled
         for sequence, token_id in zip(sampled, token_ids, strict=True):
-            reason = FinishReason.ERROR if token_id is None else sequence.append(token_id)
+            if isinstance(token_id, int):
+                reason = sequence.append(token_id)
+            else:
+                reason, sequence.failure = FinishReason.ERROR, token_id
             if reason is not None:
                 remove_sorted(self.running, sequence, rank_of)
                 self._end(sequence, reason)

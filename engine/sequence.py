@@ -7,7 +7,7 @@ from enum import Enum
 
 from bezel.engine.errors import GrammarError
 from bezel.engine.grammar import GrammarState
-from bezel.engine.messages import FinishReason
+from bezel.engine.messages import FailureCause, FinishReason
 from bezel.engine.page_tables import PageTables
 from bezel.engine.prefix_cache import Block
 from bezel.engine.sampling_params import SamplingParams
@@ -63,6 +63,7 @@ class Sequence:
     num_led_tokens: int = 0
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
+    failure: FailureCause | None = None
     output_counts: Counter[int] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -128,6 +129,7 @@ class Sequence:
             try:
                 self.grammar.accept(token_id)
             except GrammarError:
+                self.failure = FailureCause.GRAMMAR
                 return FinishReason.ERROR
             if self.grammar.is_finished:
                 return FinishReason.STOP

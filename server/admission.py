@@ -36,21 +36,21 @@ class Share:
     """So much of one thing, and who has how much of it."""
 
     def __init__(self, capacity: int, is_shared: bool) -> None:
-        self._capacity = capacity
+        self.capacity = capacity
         self._is_shared = is_shared
         self._taken: Counter[str] = Counter()
         self.num_taken = 0
 
     def has_room(self, amount: int) -> bool:
         """Whether there is so much; where nothing is taken there always is."""
-        return not self.num_taken or self.num_taken + amount <= self._capacity
+        return not self.num_taken or self.num_taken + amount <= self.capacity
 
     def is_fair(self, tenant: str, amount: int) -> bool:
         """Whether a tenant may have so much more while others may want some."""
         own = self._taken[tenant]
         if not self._is_shared or not own:
             return True
-        left = self._capacity - self.num_taken - amount
+        left = self.capacity - self.num_taken - amount
         return own + amount <= _SHARE_OF_THE_REST * left
 
     def taken_by(self, tenant: str) -> int:

@@ -18,6 +18,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bezel.engine.errors import BezelError, EngineUnavailable
+from bezel.engine.logs import num_dropped_lines
+from bezel.engine.metric_families import Process
 from bezel.server.admission import AdmissionGate
 from bezel.server.anthropic.routes import count_tokens, create_message
 from bezel.server.auth import ApiKey
@@ -161,6 +163,7 @@ async def metrics(request: Request) -> Response:
     """All series, for Prometheus."""
     state = state_of(request)
     state.metrics.observe_ready(state.why_not_ready() is None)
+    state.metrics.observe_dropped_lines(Process.SERVER, num_dropped_lines())
     if state.model is not None:
         engine = state.model.engine
         state.metrics.observe_engine(engine.step_age_s, engine.num_restarts, engine.info)

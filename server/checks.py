@@ -41,8 +41,7 @@ def _check_number_of_choices(state: ServerState, body: GenerationRequest) -> Non
         if body.best_of not in (None, n):
             raise InvalidRequest("best_of must be the same as n.", "best_of")
     # More could never be admitted together, however long the client waits.
-    engine = state.config.engine
-    limit = engine.max_num_seqs + engine.max_num_queued_reqs
+    limit = state.admission.places.capacity
     if n * num_prompts > limit:
         raise InvalidRequest(
             f"A request may ask for at most {limit} choices in all, not {n * num_prompts}.",

@@ -9,6 +9,8 @@ uvicorn's protocol for HTTP/1.1, with what it leaves to a proxy in front:
 - A client that reads nothing of what it is sent for `send_timeout` seconds is cut off, which ends
   what is being generated for it.
 - Beyond `max_connections` requests are refused, but for the probes.
+
+Why each connection was closed is counted.
 """
 
 import asyncio
@@ -25,6 +27,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from bezel.engine.metric_families import ConnectionEnd
+from bezel.engine.metrics import Metrics
 from bezel.server.auth import PUBLIC_PATHS
 from bezel.server.config import ServerConfig
 from bezel.server.errors import TooManyConnections, error_response, problem_of
@@ -64,9 +68,11 @@ class ConnectionLimits:
 class LimitedConnection(HttpToolsProtocol):
     """One connection of a client."""
 
-    def __init__(self, *args: Any, limits: ConnectionLimits, **more: Any) -> None:
+    def __init__(self, *args: Any, limits: ConnectionLimits, metrics: Metrics, **more: Any) -> None:
         super().__init__(*args, **more)
         self._limits = limits
+        self._metrics = metrics
+        self._end: ConnectionEnd | None = None
         self._receive_timer: asyncio.TimerHandle | None = None
         self._send_timer: asyncio.TimerHandle | None = None
         self._num_unsent_bytes = 0
@@ -83,7 +89,9 @@ class LimitedConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._metrics.observe_connections(len(self.connections))
         if len(self.connections) > self._limits.max_connections + _NUM_TOLD:
+            self._end_by(ConnectionEnd.MAX_CONNECTIONS)
             transport.abort()
             return
         # What the system doesn't take is for a client that doesn't read: no more is to be added.
@@ -92,6 +100,10 @@ class LimitedConnection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
+        self._end_by(ConnectionEnd.SERVER if exc is None else ConnectionEnd.CLIENT)
+        assert self._end is not None
+        self._metrics.observe_connection_end(self._end)
+        self._metrics.observe_connections(len(self.connections))
         if self._served is not None and not self._served.response_complete:
             # If the client had sent a further request, uvicorn has told that one alone.
             self._served.disconnected = True
@@ -99,6 +111,14 @@ class LimitedConnection(HttpToolsProtocol):
         self._stop_waiting()
         if self._send_timer is not None:
             self._send_timer.cancel()
+
+    def eof_received(self) -> None:
+        self._end_by(ConnectionEnd.CLIENT)
+        super().eof_received()
+
+    def _end_by(self, end: ConnectionEnd) -> None:
+        """Note why it ends, unless that is known already."""
+        self._end = self._end or end
 
     def data_received(self, data: bytes) -> None:
         self._num_silent_bytes += len(data)
@@ -108,7 +128,7 @@ class LimitedConnection(HttpToolsProtocol):
             return
         is_too_large = self._is_in_head and self._is_head_too_large
         if is_too_large or self._num_silent_bytes > self._limits.max_header_bytes:
-            self._refuse(431, self._too_large)
+            self._refuse(431, self._too_large, ConnectionEnd.MAX_HEADER_BYTES)
         elif self._is_clients_turn:
             if self._receive_timer is None or self._is_in_body:
                 self._await_client()
@@ -169,8 +189,10 @@ class LimitedConnection(HttpToolsProtocol):
             # The URL may be cut off; what becomes of the request doesn't depend on it any more.
             self.url = b"/"
             self._have_refused(HTTPException(431, self._too_large, {"Connection": "close"}))
+            self._end_by(ConnectionEnd.MAX_HEADER_BYTES)
         elif len(self.connections) > self._limits.max_connections and not self._is_probe:
             self._have_refused(TooManyConnections(self._limits.max_connections))
+            self._end_by(ConnectionEnd.MAX_CONNECTIONS)
         self._is_in_head = False
         super().on_headers_complete()
 
@@ -180,6 +202,7 @@ class LimitedConnection(HttpToolsProtocol):
             # Many clients read the answer only after all is sent; a reset would keep it from them.
             self._num_unwanted_bytes += len(body)
             if self._num_unwanted_bytes > self._limits.max_body_bytes:
+                self._end_by(ConnectionEnd.MAX_BODY_BYTES)
                 self.transport.close()
         super().on_body(body)
 
@@ -220,9 +243,15 @@ class LimitedConnection(HttpToolsProtocol):
         if self.flow.read_paused:
             self._await_client()  # it can't send: what has come is yet to be taken
         elif self._is_in_head or self._is_in_body:
-            self._refuse(408, "The request didn't come in time.")
+            self._refuse(408, "The request didn't come in time.", ConnectionEnd.RECEIVE_TIMEOUT)
         else:
+            self._end_by(ConnectionEnd.RECEIVE_TIMEOUT)
             self.transport.close()
+
+    def timeout_keep_alive_handler(self) -> None:
+        if not self.transport.is_closing():
+            self._end_by(ConnectionEnd.TIMEOUT_KEEP_ALIVE)
+        super().timeout_keep_alive_handler()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -245,13 +274,14 @@ class LimitedConnection(HttpToolsProtocol):
         logger.info(
             "closed a connection: its client read nothing for %g s", self._limits.send_timeout_s
         )
+        self._end_by(ConnectionEnd.SEND_TIMEOUT)
         self.transport.abort()
 
     # Answers without the app.
 
     def send_400_response(self, msg: str) -> None:
         """uvicorn's, for what isn't HTTP, in the words of the API."""
-        self._refuse(400, msg)
+        self._refuse(400, msg, ConnectionEnd.MALFORMED)
 
     def _unsupported_upgrade_warning(self) -> None:
         """Go on as if nobody had asked for another protocol, which a server may (RFC 9110, 7.8).
@@ -275,8 +305,9 @@ class LimitedConnection(HttpToolsProtocol):
         if rest:
             super().data_received(rest)
 
-    def _refuse(self, status: int, message: str) -> None:
+    def _refuse(self, status: int, message: str, end: ConnectionEnd) -> None:
         """Answer a request that hasn't come to its end, and close."""
+        self._end_by(end)
         cycle = self.cycle
         if cycle is not None and cycle.response_started and not cycle.response_complete:
             self.transport.abort()
@@ -291,9 +322,9 @@ class LimitedConnection(HttpToolsProtocol):
         self.transport.close()
 
 
-def limited_protocol(config: ServerConfig) -> type[asyncio.Protocol]:
+def limited_protocol(config: ServerConfig, metrics: Metrics) -> type[asyncio.Protocol]:
     """What `uvicorn.Config` takes as `http`: connections with the limits of the settings."""
-    factory = partial(LimitedConnection, limits=ConnectionLimits.of(config))
+    factory = partial(LimitedConnection, limits=ConnectionLimits.of(config), metrics=metrics)
     return cast(type[asyncio.Protocol], factory)
 
 

@@ -41,12 +41,11 @@ class EngineHandle(Protocol):
     ) -> AsyncGenerator[SequenceOutput, None]:
         """Yield the tokens of one sequence; the last output carries the finish reason.
 
-        Admission is decided before the generator first suspends, so that a refusal is known
-        within one turn of the event loop. Closing or cancelling it aborts the sequence.
+        Closing or cancelling the generator aborts the sequence.
 
         Raises:
-            Overloaded: the queue is full; only instead of the first output.
-            EngineUnavailable: the engine isn't there; at any time.
+            EngineUnavailable: the engine isn't there, which it tells before it first suspends, or
+                is lost meanwhile.
         """
 
     def finish(self, request_id: str, reason: FinishReason) -> None:

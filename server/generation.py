@@ -12,8 +12,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field
 
-from bezel.engine.errors import BezelError, EngineUnavailable, GrammarError, Overloaded
-from bezel.engine.messages import FinishReason, SequenceOutput, TokenLogprobs
+from bezel.engine.errors import BezelError, EngineUnavailable, GrammarError
+from bezel.engine.messages import FailureCause, FinishReason, SequenceOutput, TokenLogprobs
 from bezel.engine.metric_families import AbortReason
 from bezel.engine.sampling_params import SamplingParams
 from bezel.engine.sequence_metrics import SequenceMetrics
@@ -154,7 +154,7 @@ class Generation:
         """Give the engine the chance to refuse; it does so before it first suspends.
 
         Raises:
-            Overloaded, EngineUnavailable: it did.
+            EngineUnavailable: it did.
         """
         await asyncio.sleep(0)
         if self._refusal is not None:
@@ -189,9 +189,8 @@ class Generation:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if not isinstance(self._refusal, Overloaded):
-            num_choices = len(self._tasks) // self._num_prompts
-            self._metrics.observe_request(num_choices, max(self._num_tokens))
+        num_choices = len(self._tasks) // self._num_prompts
+        self._metrics.observe_request(num_choices, max(self._num_tokens))
 
 
 def abort_reason_of(error: Exception) -> AbortReason:
@@ -268,23 +267,19 @@ async def _deltas(
 ) -> AsyncGenerator[Delta, None]:
     """One sequence as text, with its metrics."""
     metrics = state.metrics.sequence(len(request.prompt_ids), request.params.max_tokens)
-    reason: FinishReason | None = FinishReason.ABORT
+    reason = FinishReason.ABORT
     try:
         async for delta in _decode(model, index, request, metrics):
             reason = delta.finish_reason or reason
             generation.summary.take(delta)
             yield delta
-    except Overloaded:
-        reason = None  # it never began
-        raise
     except Exception as error:
         reason = FinishReason.ERROR
         generation.abort_reason = abort_reason_of(error)
         raise
     finally:
-        if reason is not None:
-            metrics.observe_finished(reason, generation.abort_reason)
-            generation.summary.finish(index, reason, generation.abort_reason)
+        metrics.observe_finished(reason, generation.abort_reason)
+        generation.summary.finish(index, reason, generation.abort_reason)
 
 
 async def _decode(
@@ -295,7 +290,7 @@ async def _decode(
     async with aclosing(outputs):
         async for output in outputs:
             if output.finish_reason in (FinishReason.ERROR, FinishReason.ABORT):
-                raise _failure(request, output.finish_reason)
+                raise _failure(output)
             if output.queue_seconds is not None:
                 metrics.observe_start(output.queue_seconds)
                 if not output.token_ids and not output.prompt_logprobs:
@@ -310,8 +305,8 @@ async def _decode(
     raise GenerationFailed("The engine ended the answer without a reason.")
 
 
-def _failure(request: TextRequest, reason: FinishReason) -> BezelError:
-    if reason is FinishReason.ERROR and request.params.grammar is not None:
+def _failure(output: SequenceOutput) -> BezelError:
+    if output.failure is FailureCause.GRAMMAR:
         # How much one costs, or whether a token is left, can't all be told before.
         return GrammarError(
             "What the output must be can't be enforced any further: no token may follow, or "

@@ -109,7 +109,7 @@ async def _run(config: ServerConfig, sock: socket.socket) -> None:
 
         state = ServerState(config, metrics)
         http = {
-            "http": limited_protocol(config),
+            "http": limited_protocol(config, metrics),
             "timeout_graceful_shutdown": UVICORN_TIMEOUT_S,
         }
         server = DrainingServer(_uvicorn_config(create_app(state), config, **http), state)

@@ -3,6 +3,7 @@
 The grammars are of three lines of Python; what llguidance makes of real ones is tested elsewhere.
 """
 
+import threading
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,12 +12,14 @@ import pytest
 
 from bezel.engine.config import EngineConfig
 from bezel.engine.core import Engine
-from bezel.engine.errors import ConfigError, GrammarError
+from bezel.engine.errors import GrammarError
 from bezel.engine.grammar import GrammarCompiler, Mask
-from bezel.engine.messages import AddSequence, FinishReason
+from bezel.engine.grammar_queue import GrammarQueue
+from bezel.engine.messages import AddSequence, FailureCause, FinishReason
 from bezel.engine.sampling_params import SamplingParams, ThinkingBudget
 
 VOCAB_SIZE = 300
+TIMEOUT_S = 20
 OPEN, CLOSE = 290, 291
 GREEDY = dict(max_tokens=12, temperature=0.0)
 PROMPTS = [[5, 6, 7], list(range(3, 90)), [9] * 40, [200, 100]]
@@ -48,7 +51,11 @@ class Counter:
 
 
 class Compiler:
-    """Grammars are "<length>" or "<length>, fails at <place>"."""
+    """Grammars are "<length>" or "<length>, fails at <place>"; it is made once `may_be_made`."""
+
+    def __init__(self, may_be_made: threading.Event | None = None) -> None:
+        if may_be_made is not None:
+            assert may_be_made.wait(TIMEOUT_S), "the engine waited for it"
 
     def compile(self, grammar: str) -> Counter:
         if grammar == "nonsense":
@@ -65,8 +72,12 @@ def engine(small_checkpoint: Path) -> Engine:
 def make_engine(path: Path, **settings: Any) -> Engine:
     defaults: dict[str, Any] = dict(dtype="float32", device="cpu", kv_cache_memory_bytes=32 << 20)
     engine = Engine(EngineConfig(model=str(path), **(defaults | settings)))
-    engine.grammar_compiler = cast(GrammarCompiler, Compiler())
+    engine.grammars = queue_of()
     return engine
+
+
+def queue_of(may_be_made: threading.Event | None = None) -> GrammarQueue:
+    return GrammarQueue(lambda: cast(GrammarCompiler, Compiler(may_be_made)))
 
 
 def run(
@@ -117,15 +128,17 @@ def test_a_preempted_sequence_goes_on_in_its_grammar(engine: Engine) -> None:
     engine.add(AddSequence("a", PROMPTS[0], params))
     tokens: list[int] = []
     while engine.has_work:
-        tokens += engine.step().outputs[0].token_ids
-        if engine.has_work and len(tokens) % 2:
+        tokens += [i for output in engine.step().outputs for i in output.token_ids]
+        if engine.scheduler.running and len(tokens) % 2:
             engine.scheduler._preempt(engine.scheduler.running[0])
     assert [tokens] == run(engine, [params])[0]
 
 
 def test_log_probabilities_are_those_before_the_mask(engine: Engine) -> None:
     engine.add(AddSequence("a", PROMPTS[0], SamplingParams(**GREEDY, grammar="1", logprobs=5)))
-    (output,) = engine.step().outputs
+    while not (outputs := engine.step().outputs):
+        pass
+    (output,) = outputs
     (entry,) = output.logprobs
     assert not {0, 1, 2} >= {*entry.top_ids}
     free = SamplingParams(**(GREEDY | dict(max_tokens=1)), logprobs=5)
@@ -144,18 +157,78 @@ def test_a_grammar_that_fails_ends_its_sequence_alone(engine: Engine) -> None:
     assert engine.pool.used == engine.pool.idle
 
 
+def failures(engine: Engine, grammar: str) -> list[FailureCause | None]:
+    """Of a sequence that brings no token."""
+    engine.add(AddSequence("a", [3], SamplingParams(**GREEDY, grammar=grammar)))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step().outputs
+    assert [(output.token_ids, output.finish_reason) for output in outputs] == [
+        ([], FinishReason.ERROR)
+    ]
+    return [output.failure for output in outputs]
+
+
 def test_a_grammar_that_cannot_be_compiled_is_refused(engine: Engine) -> None:
-    with pytest.raises(GrammarError, match="nonsense"):
-        engine.add(AddSequence("a", [3], SamplingParams(**GREEDY, grammar="nonsense")))
-    assert not engine.has_work
+    assert failures(engine, "nonsense") == [FailureCause.GRAMMAR]
+    assert failures(engine, "9, fails at 0") == [FailureCause.GRAMMAR]
 
 
 def test_a_checkpoint_without_a_tokenizer_takes_no_grammar(small_checkpoint: Path) -> None:
     config = EngineConfig(model=str(small_checkpoint), kv_cache_memory_bytes=1 << 20)
     engine = Engine(config)
-    with pytest.raises(ConfigError, match="tokenizer"):
-        engine.add(AddSequence("a", [3], SamplingParams(**GREEDY, grammar="start: /x/")))
+    for _ in range(2):
+        assert failures(engine, "start: /x/") == [FailureCause.ENGINE]
+
+
+def test_others_go_on_while_a_grammar_waits_for_the_compiler(engine: Engine) -> None:
+    may_be_made = threading.Event()
+    engine.grammars = queue_of(may_be_made)
+    engine.add(AddSequence("bound", PROMPTS[0], SamplingParams(**GREEDY, grammar="7")))
+    engine.add(AddSequence("free", PROMPTS[1], SamplingParams(**GREEDY)))
+    for _ in range(6):
+        step = engine.step()
+        assert [(o.request_id, len(o.token_ids)) for o in step.outputs] == [("free", 1)]
+        assert (step.stats.num_running, step.stats.num_waiting) == (1, 1)
+    may_be_made.set()
+    tokens: dict[str, list[int]] = {"bound": [], "free": []}
+    while engine.has_work:
+        for output in engine.step().outputs:
+            tokens[output.request_id] += output.token_ids
+    assert len(tokens["bound"]) == 7 and fits(tokens["bound"])
+    assert len(tokens["free"]) == 6
+
+
+def test_a_sequence_can_be_ended_while_it_waits_for_the_compiler(engine: Engine) -> None:
+    may_be_made = threading.Event()
+    engine.grammars = queue_of(may_be_made)
+    for name in ("first", "second"):
+        engine.add(AddSequence(name, PROMPTS[0], SamplingParams(**GREEDY, grammar="2")))
+    step = engine.step()
+    assert (step.outputs, step.stats.num_running, step.stats.num_waiting) == ([], 0, 2)
+    engine.finish("first", FinishReason.ABORT)
+    may_be_made.set()
+    names = set()
+    while engine.has_work:
+        names |= {output.request_id for output in engine.step().outputs}
+    assert names == {"second"}
+    engine.grammars = queue_of(threading.Event())
+    engine.add(AddSequence("third", PROMPTS[0], SamplingParams(**GREEDY, grammar="2")))
+    engine.finish("third", FinishReason.ABORT)
     assert not engine.has_work
+
+
+def test_a_mistake_of_ours_in_making_the_compiler_is_not_told_as_a_requests(
+    engine: Engine,
+) -> None:
+    def make() -> GrammarCompiler:
+        raise ZeroDivisionError
+
+    engine.grammars = GrammarQueue(make)
+    engine.add(AddSequence("a", [3], SamplingParams(**GREEDY, grammar="2")))
+    with pytest.raises(ZeroDivisionError):
+        while engine.has_work:
+            engine.step()
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 4, 11])

@@ -1,6 +1,7 @@
 """Resolving and reading checkpoints, and the one line said when that doesn't work."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,33 @@ def test_an_index_that_does_not_fit(indexed: Path) -> None:
     assert_fails(indexed, r"lacks model-1\.safetensors, which its index names")
     write_json(indexed / "model.safetensors.index.json", {"weight_map": {}})
     assert_fails(indexed, "has no weight_map")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../secret/model.safetensors", "{outside}", "sub/model.safetensors", "..", ".", "", 3, None],
+)
+def test_an_index_names_only_files_beside_it(indexed: Path, tmp_path: Path, name: Any) -> None:
+    outside = indexed.parent / "secret" / "model.safetensors"
+    for path in (outside, indexed / "sub" / "model.safetensors"):
+        path.parent.mkdir()
+        save_file({"a": torch.ones(2)}, path)
+    if name == "{outside}":
+        name = str(outside)
+    write_json(indexed / "model.safetensors.index.json", {"weight_map": {"a": name}})
+    assert_fails(indexed, re.escape(f"names {name!r}, which isn't a .safetensors file beside it"))
+
+
+def test_files_may_be_links_as_in_the_cache_of_the_hub(indexed: Path) -> None:
+    blobs = indexed.parent / "blobs"
+    blobs.mkdir()
+    for i, name in enumerate(SHARDS):
+        (indexed / name).rename(blobs / str(i))
+        (indexed / name).symlink_to(blobs / str(i))
+    checkpoint = resolve_checkpoint(str(indexed))
+    assert {name for name, _ in iterate_tensors(checkpoint)} == {
+        n for t in SHARDS.values() for n in t
+    }
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-1], lambda content: b"\xff" * 64])

@@ -16,8 +16,14 @@ import pytest
 from bezel.engine.client import EngineClient
 from bezel.engine.config import EngineConfig
 from bezel.engine.core import Engine
-from bezel.engine.errors import ConfigError, EngineUnavailable, Overloaded
-from bezel.engine.messages import AddSequence, FinishReason, SequenceOutput, StepStats
+from bezel.engine.errors import ConfigError, EngineUnavailable
+from bezel.engine.messages import (
+    AddSequence,
+    FailureCause,
+    FinishReason,
+    SequenceOutput,
+    StepStats,
+)
 from bezel.engine.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
@@ -130,20 +136,14 @@ def test_closing_a_generator_aborts_running_and_waiting_sequences(small_checkpoi
     scenario(test, small_checkpoint, max_num_seqs=1)
 
 
-def test_more_than_the_queue_holds_is_refused_at_once(small_checkpoint: Path) -> None:
-    async def test(client: EngineClient, stats: list[StepStats]) -> None:
-        first, second = (client.generate(name, [3], ENDLESS) for name in "ab")
-        await anext(first)
-        pending = asyncio.ensure_future(anext(second))
-        await asyncio.sleep(0)
-        with pytest.raises(Overloaded) as refusal:
-            await anext(client.generate("c", [3], ENDLESS))
-        assert refusal.value.retry_after_s >= 1
-        await first.aclose()
-        assert (await pending).token_ids
-        await second.aclose()
+def test_as_many_as_come_are_taken(small_checkpoint: Path) -> None:
+    """How many may come has been decided before."""
 
-    scenario(test, small_checkpoint, max_num_seqs=1, max_num_queued_reqs=1)
+    async def test(client: EngineClient, stats: list[StepStats]) -> None:
+        answers = await asyncio.gather(*(collect(client, name, [3], GREEDY) for name in "abc"))
+        assert [answer[-1].finish_reason for answer in answers] == [FinishReason.LENGTH] * 3
+
+    scenario(test, small_checkpoint, max_num_seqs=1, max_num_queued_reqs=0)
 
 
 def test_a_killed_engine_fails_its_requests_and_is_started_again(small_checkpoint: Path) -> None:
@@ -285,7 +285,8 @@ def test_a_sequence_that_cannot_be_served_ends_alone(small_checkpoint: Path) -> 
         bound = SamplingParams(max_tokens=8, grammar="start: /x/")
         for prompt, params in (([3], too_long), ([3, 300], GREEDY), ([], GREEDY), ([3], bound)):
             outputs = await collect(client, "r", prompt, params)
-            assert [(o.token_ids, o.finish_reason) for o in outputs] == [([], FinishReason.ERROR)]
+            ends = [(o.token_ids, o.finish_reason, o.failure) for o in outputs]
+            assert ends == [([], FinishReason.ERROR, FailureCause.ENGINE)]
         answer = await collect(client, "fine", [3], GREEDY)
         assert answer[-1].finish_reason is FinishReason.LENGTH
         assert client.num_restarts == 0

@@ -78,6 +78,25 @@ def test_control_tokens_are_no_text() -> None:
     assert EOS_TOKEN_IDS <= allowed  # an empty text may end at once
 
 
+def test_what_a_grammar_forces_comes_in_the_tokens_that_the_tokenizer_makes_of_it() -> None:
+    text = "hello there, <div>🪿</div> world"
+    state = compiler().compile(f'start: "{text}"')
+    forced = []
+    while not state.is_finished:
+        forced.append(int(allowed_ids(state)[0]))
+        state.accept(forced[-1])
+    assert forced == encode(text)
+
+
+def test_a_control_token_that_a_grammar_spells_out_is_text() -> None:
+    state = compiler().compile('start: "<|tool_call>x"')
+    ids = []
+    while not state.is_finished:
+        ids.append(int(allowed_ids(state)[0]))
+        state.accept(ids[-1])
+    assert text_of(ids) == "<|tool_call>x" and not {48, 49} & {*ids}
+
+
 def test_control_tokens_are_themselves() -> None:
     state = compiler().compile('start: <[48]> "x" <[49]>')
     assert follows(state, [48, encode("x")[0], 49]) and state.is_finished

@@ -131,6 +131,19 @@ def test_a_full_disk_costs_lines_and_nothing_else() -> None:
         assert handler.num_dropped == 20
 
 
+def test_the_lines_that_a_process_has_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "wb", buffering=0) as full:
+        handlers = [handler_of(full.fileno()) for _ in range(2)]
+        for handler in handlers:
+            handler.handle(record("line"))
+            handler.close()
+        others = [logging.NullHandler()]
+        monkeypatch.setattr(logging.getLogger(), "handlers", [*others, handlers[0]])
+        assert logs.num_dropped_lines() == 1
+        monkeypatch.setattr(logging.getLogger(), "handlers", others)
+        assert logs.num_dropped_lines() == 0
+
+
 def test_a_reader_that_stopped_holds_nobody_up(
     pipe: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,7 +11,15 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from scrape import info
 
 from bezel.engine.messages import FinishReason, PrefixStats, StepStats
-from bezel.engine.metric_families import FAMILIES, AbortReason, Phase, Rejection, StartupPhase
+from bezel.engine.metric_families import (
+    FAMILIES,
+    AbortReason,
+    ConnectionEnd,
+    Phase,
+    Process,
+    Rejection,
+    StartupPhase,
+)
 from bezel.engine.metrics import Metrics
 
 OPENMETRICS = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5"
@@ -100,6 +108,7 @@ def test_without_a_model_there_is_only_the_server() -> None:
     begun = {name.split("{")[0] for name in samples(metrics)}
     assert begun == {
         *("ready", "build_info", "http_requests_total"),
+        *("connections_open", "connections_closed_total", "log_lines_dropped_total"),
         *(f"event_loop_lag_seconds_{part}" for part in ("bucket", "count", "sum")),
         *(f"http_request_duration_seconds_{part}" for part in ("bucket", "count", "sum")),
     }
@@ -288,6 +297,28 @@ def test_requests_and_refusals(metrics: Metrics) -> None:
     assert values['admission_rejections_total{reason="max_num_queued_tokens"}'] == 1
     assert values['event_loop_lag_seconds_bucket{le="0.02"}'] == 0
     assert values['event_loop_lag_seconds_bucket{le="0.05"}'] == 1
+
+
+def test_connections() -> None:
+    metrics = Metrics()
+    assert sum(n for name, n in samples(metrics).items() if name.startswith("connections")) == 0
+    metrics.observe_connections(3)
+    metrics.observe_connection_end(ConnectionEnd.SEND_TIMEOUT)
+    metrics.observe_connection_end(ConnectionEnd.SEND_TIMEOUT)
+    values = samples(metrics)
+    assert values["connections_open"] == 3
+    assert values['connections_closed_total{reason="send_timeout"}'] == 2
+    assert values['connections_closed_total{reason="client"}'] == 0
+
+
+def test_log_lines_that_were_lost() -> None:
+    metrics = Metrics()
+    for num_dropped in (3, 5, 2, 2):  # the third is of an engine started anew
+        metrics.observe_step(stats(num_dropped_log_lines=num_dropped))
+    metrics.observe_dropped_lines(Process.SERVER, 4)
+    values = samples(metrics)
+    assert values['log_lines_dropped_total{process="engine"}'] == 7
+    assert values['log_lines_dropped_total{process="server"}'] == 4
 
 
 def test_http(metrics: Metrics) -> None:

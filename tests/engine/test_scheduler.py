@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from bezel.engine.batch import Batch, WantedRows
 from bezel.engine.config import EngineConfig
 from bezel.engine.kv_layout import KVLayout, PageCount
-from bezel.engine.messages import FinishReason
+from bezel.engine.messages import FailureCause, FinishReason
 from bezel.engine.page_pool import PagePool
 from bezel.engine.page_tables import PageTables
 from bezel.engine.sampling_params import SamplingParams
@@ -224,8 +224,9 @@ def test_a_sequence_without_a_draw_ends_in_an_error_alone() -> None:
     for sequence in sequences:
         scheduler.add(sequence)
     step = scheduler.schedule()
-    scheduler.commit(step, [TOKEN, None, TOKEN])
+    scheduler.commit(step, [TOKEN, FailureCause.ENGINE, TOKEN])
     assert [s.finish_reason for s in sequences] == [None, FinishReason.ERROR, None]
+    assert [s.failure for s in sequences] == [None, FailureCause.ENGINE, None]
     assert [s.num_output_tokens for s in sequences] == [1, 0, 1]
     assert set(plan(run_step(scheduler))) == {"a", "c"}
     scheduler.pool.check_integrity()

@@ -1,6 +1,7 @@
 """What the client does about processes that don't start, don't speak, or don't last."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -291,6 +292,57 @@ def test_loading_may_take_long_but_a_first_token_may_not(processes: Processes) -
             assert processes.started[1].is_killed
 
     asyncio.run(test())
+
+
+def test_loading_has_a_limit_and_is_told_of(processes: Processes, caplog: Any) -> None:
+    caplog.set_level(logging.INFO, "bezel")
+
+    async def test() -> None:
+        stuck, hung = Child(None, []), Child(INFO, [LOOK] * 100)
+        stuck.said = asyncio.Queue()
+        processes.coming = [good(), stuck, hung]
+        async with processes.client(engine_ready_timeout=150, engine_hang_timeout=0) as client:
+            await client.start()
+            processes.started[0].said.put_nowait(None)
+            await until(lambda: len(processes.started) == 2)
+            await silence(stuck, 149)
+            assert not stuck.is_killed and not client.is_ready
+            await silence(stuck, 1)
+            assert stuck.is_killed
+            await until(lambda: len(processes.started) == 3 and hung.said.empty())
+            await silence(hung, 50)
+            assert hung.is_killed
+            await until(lambda: client.is_ready)
+
+    asyncio.run(test())
+    told = [record.getMessage() for record in caplog.records if "isn't ready" in record.msg]
+    assert told == [
+        "the engine isn't ready after 60 s, but loading the model",
+        "the engine isn't ready after 120 s, but loading the model",
+        "the engine isn't ready after 150 s (--engine-ready-timeout), but loading the model; "
+        "ending it",
+        "the engine isn't ready after 60 s, but computing a first token",
+        "the engine isn't ready after 120 s, but computing a first token",
+        "the engine isn't ready after 150 s (--engine-ready-timeout), but computing a first token; "
+        "ending it",
+    ]
+
+
+@pytest.mark.parametrize("timeout_s", [1001, 0])
+def test_within_its_limit_a_model_is_loaded(processes: Processes, timeout_s: int) -> None:
+    async def test() -> None:
+        slow = good()
+        slow.said = asyncio.Queue()
+        for item in [LOOK] * 1000 + [INFO]:
+            slow.said.put_nowait(item)
+        processes.coming = [slow]
+        async with processes.client(engine_ready_timeout=timeout_s) as client:
+            await client.start()
+            assert client.is_ready
+
+    asyncio.run(test())
+    with pytest.raises(ConfigError, match="--engine-ready-timeout"):
+        EngineConfig(engine_ready_timeout=-1)
 
 
 def test_zero_waits_for_ever(processes: Processes) -> None:

@@ -10,7 +10,7 @@ import torch
 from bezel.engine.errors import GrammarError
 from bezel.engine.grammar import GrammarState, Mask
 from bezel.engine.kv_layout import KVLayout
-from bezel.engine.messages import FinishReason
+from bezel.engine.messages import FailureCause, FinishReason
 from bezel.engine.page_tables import PageTables
 from bezel.engine.sampler import Sampler
 from bezel.engine.sampling_params import SamplingParams, ThinkingBudget
@@ -77,14 +77,16 @@ def thinking(num_tokens: int) -> ThinkingBudget:
     return ThinkingBudget(num_tokens=num_tokens, open_id=OPEN, close_id=CLOSE, is_open=True)
 
 
-def draw(sequences: list[Sequence], suppressed: list[int] | None = None) -> list[int | None]:
+def draw(
+    sequences: list[Sequence], suppressed: list[int] | None = None
+) -> list[int | FailureCause]:
     logits_NV = torch.randn(
         len(sequences), VOCAB_SIZE, generator=torch.Generator().manual_seed(len(sequences))
     )
     return Sampler(suppressed or [], VOCAB_SIZE).draw(logits_NV, sequences).fetch()[0]
 
 
-def drawn(make: Callable[[int], Sequence], num_draws: int = 300) -> set[int | None]:
+def drawn(make: Callable[[int], Sequence], num_draws: int = 300) -> set[int | FailureCause]:
     """What is drawn with many seeds."""
     return {*draw([make(seed) for seed in range(num_draws)])}
 
@@ -139,7 +141,7 @@ def test_a_thought_within_a_grammar_is_closed_once_the_grammar_lets_it(
     tokens = []
     for _ in range(3):
         (token_id,) = draw([sequence])
-        assert token_id is not None
+        assert isinstance(token_id, int)
         tokens.append(token_id)
         sequence.append(token_id)
     assert tokens == [5, CLOSE, 7]
@@ -161,19 +163,19 @@ def test_min_tokens_bans_stop_tokens_while_others_remain(make_sequence: MakeSequ
     [(Broken({5}), []), (Script(set()), []), (Script({5, 6}), [5, 6])],
     ids=["failing", "nothing allowed", "nothing left"],
 )
-def test_a_grammar_that_leaves_no_token_gives_none(
+def test_a_grammar_that_leaves_no_token_is_the_cause(
     make_sequence: MakeSequence, grammar: Script, suppressed: list[int]
 ) -> None:
     sequences = [make_sequence(seed=1), make_sequence(grammar), make_sequence(Script({9}))]
     first, second, third = draw(sequences, suppressed)
-    assert first is not None and second is None and third == 9
+    assert isinstance(first, int) and second is FailureCause.GRAMMAR and third == 9
 
 
-def test_logits_of_nan_give_none(make_sequence: MakeSequence) -> None:
+def test_logits_of_nan_are_not_the_grammars_fault(make_sequence: MakeSequence) -> None:
     logits_NV = torch.full((2, VOCAB_SIZE), torch.nan)
     sequences = [make_sequence(Script({9})), make_sequence()]
     token_ids, _ = Sampler([], VOCAB_SIZE).draw(logits_NV, sequences).fetch()
-    assert token_ids[0] in (None, 9) and token_ids[1] is not None
+    assert token_ids[0] in (FailureCause.ENGINE, 9) and isinstance(token_ids[1], int)
 
 
 def test_the_end_of_a_grammar_ends_the_sequence(make_sequence: MakeSequence) -> None:
@@ -192,4 +194,6 @@ def test_a_grammar_that_fails_on_a_token_ends_the_sequence_in_an_error(
         def accept(self, token_id: int) -> None:
             raise GrammarError("too many states")
 
-    assert make_sequence(Failing({5}, {6})).append(5) is FinishReason.ERROR
+    sequence = make_sequence(Failing({5}, {6}))
+    assert sequence.append(5) is FinishReason.ERROR
+    assert sequence.failure is FailureCause.GRAMMAR

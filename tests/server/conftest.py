@@ -26,6 +26,7 @@ from bezel.engine.errors import InvalidRequest
 from bezel.engine.messages import (
     AddSequence,
     EngineInfo,
+    FailureCause,
     FinishReason,
     SequenceOutput,
     TokenLogprobs,
@@ -121,8 +122,9 @@ class FakeEngine:
     """Plays a script for every sequence, and notes how each of them ended.
 
     A script is a list of token ids to output together, events to wait for, exceptions to raise
-    and reasons to finish with, alone or together with the last token ids. `scripts` are those of
-    the first sequences, and `cached_tokens` what they find in the prefix cache.
+    and reasons to finish with, alone or together with the last token ids, or the cause of a
+    failure. `scripts` are those of the first sequences, and `cached_tokens` what they find in the
+    prefix cache.
     """
 
     info: EngineInfo
@@ -179,6 +181,9 @@ class FakeEngine:
                 # A stop comes with the token that caused it.
                 if item is FinishReason.STOP:
                     item = ([EOS], item)
+                failure = item if isinstance(item, FailureCause) else None
+                if failure is not None:
+                    item = FinishReason.ERROR
                 ids, reason = item if isinstance(item, tuple) else (item, None)
                 if isinstance(item, FinishReason):
                     ids, reason = [], item
@@ -189,6 +194,7 @@ class FakeEngine:
                     request_id=request_id,
                     token_ids=ids,
                     finish_reason=reason,
+                    failure=failure,
                     logprobs=[] if num_top is None else [entry(i, num_top) for i in ids],
                     num_cached_tokens=num_cached,
                 )

@@ -10,8 +10,8 @@ from fastapi import FastAPI
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bezel.engine.errors import EngineUnavailable, Overloaded
-from bezel.engine.messages import FinishReason
+from bezel.engine.errors import EngineUnavailable
+from bezel.engine.messages import FailureCause, FinishReason
 from bezel.server.schemas import ChatCompletionRequest, CompletionRequest
 from bezel.server.version import SYSTEM_FINGERPRINT
 
@@ -412,13 +412,13 @@ async def test_unknown_model(client: httpx.AsyncClient, chat: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_overload(client: httpx.AsyncClient, engine: Any, chat: Any, stream: bool) -> None:
-    engine.refusal = Overloaded("The queue is full.", retry_after_s=3)
+async def test_overload(client: httpx.AsyncClient, state: Any, chat: Any, stream: bool) -> None:
+    state.admission.places.take("", 10_000)
     response = await client.post(CHAT, json=chat(stream=stream))
     assert response.status_code == 429
-    assert response.headers["retry-after"] == "3"
+    assert response.headers["retry-after"] == "10"
     assert response.json()["error"] == {
-        "message": "The queue is full.",
+        "message": "The server's queue is full. Try again in 10 s.",
         "type": "rate_limit_error",
         "param": None,
         "code": "slow_down",
@@ -445,12 +445,17 @@ async def test_engine_failures(
 
 
 @pytest.mark.parametrize(
-    ("reason", "status"), [(FinishReason.ERROR, 400), (FinishReason.ABORT, 500)]
+    ("end", "status"),
+    [(FailureCause.GRAMMAR, 400), (FailureCause.ENGINE, 500), (FinishReason.ABORT, 500)],
 )
-async def test_a_grammar_that_can_not_go_on_is_the_clients(
-    client: httpx.AsyncClient, engine: Any, chat: Any, reason: FinishReason, status: int
+async def test_a_grammar_that_can_not_go_on_is_the_clients_and_nothing_else_is(
+    client: httpx.AsyncClient,
+    engine: Any,
+    chat: Any,
+    end: FailureCause | FinishReason,
+    status: int,
 ) -> None:
-    engine.script = [[65], reason]
+    engine.script = [[65], end]
     grammar = {"structured_outputs": {"regex": "a+"}}
     response = await client.post(CHAT, json=chat(**grammar))
     assert response.status_code == status

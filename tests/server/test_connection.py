@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import re
 import socket
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -13,6 +14,7 @@ import pytest
 import uvicorn
 
 from bezel.engine.messages import FinishReason
+from bezel.engine.metrics import Metrics
 from bezel.server.app import create_app
 from bezel.server.config import ServerConfig
 from bezel.server.connection import ConnectionLimits, LimitedConnection, limited_protocol
@@ -58,9 +60,16 @@ class Client:
 class Served:
     """An app on a port, in the test's own event loop."""
 
-    def __init__(self, state: ServerState, limits: ConnectionLimits) -> None:
-        http: Any = partial(LimitedConnection, limits=limits)
-        config = uvicorn.Config(create_app(state), lifespan="off", log_config=None, http=http)
+    def __init__(self, state: ServerState, limits: ConnectionLimits, keep_alive_s: int) -> None:
+        self._metrics = state.metrics
+        http: Any = partial(LimitedConnection, limits=limits, metrics=state.metrics)
+        config = uvicorn.Config(
+            create_app(state),
+            lifespan="off",
+            log_config=None,
+            http=http,
+            timeout_keep_alive=keep_alive_s,
+        )
         self.server = uvicorn.Server(config)
         self.sock = bind_socket("127.0.0.1", 0)
         # Less than it would be, or it would take long to fill.
@@ -71,6 +80,19 @@ class Served:
     @property
     def num_connections(self) -> int:
         return len(self.server.server_state.connections)
+
+    async def closed_by(self, reason: str, num: int = 1) -> None:
+        """Wait until so many connections have been closed for that reason; none was for another,
+        and what is open is told."""
+        form = r'^bezel_connections_closed_total{reason="(\w+)"} (?!0)(\S+)$'
+        told: list[tuple[str, str]] = []
+        async with asyncio.timeout(10):
+            while not told:
+                await asyncio.sleep(0.001)
+                text = self._metrics.render()[0].decode()
+                told = re.findall(form, text, re.MULTILINE)
+        assert told == [(reason, f"{num}.0")]
+        assert f"\nbezel_connections_open {self.num_connections}.0\n" in text
 
     async def connect(self, receive_buffer: int | None = None) -> Client:
         sock = socket.socket()
@@ -86,8 +108,8 @@ async def serve(make_state: Callable[..., ServerState]) -> AsyncIterator[Callabl
     """Serve with limits unlike those of the patient."""
     async with contextlib.AsyncExitStack() as stack:
 
-        async def start(**limits: Any) -> Served:
-            served = Served(make_state(), replace(PATIENT, **limits))
+        async def start(keep_alive_s: int = 5, **limits: Any) -> Served:
+            served = Served(make_state(), replace(PATIENT, **limits), keep_alive_s)
             serving = asyncio.create_task(served.server.serve([served.sock]))
 
             async def stop() -> None:
@@ -124,7 +146,7 @@ def test_the_limits_are_those_of_the_settings() -> None:
         receive_timeout=3,
         send_timeout=4,
     )
-    made: Any = limited_protocol(config)
+    made: Any = limited_protocol(config, Metrics())
     assert made.keywords["limits"] == ConnectionLimits(
         max_connections=1,
         max_header_bytes=2000,
@@ -140,6 +162,7 @@ async def test_who_sends_nothing_is_let_go(serve: Any) -> None:
     client = await served.connect()
     assert await client.rest() == b""
     await until(lambda: served.num_connections == 0)
+    await served.closed_by("receive_timeout")
 
 
 async def test_half_a_head_is_not_waited_for(serve: Any) -> None:
@@ -156,6 +179,7 @@ async def test_half_a_head_is_not_waited_for(serve: Any) -> None:
     trickling.cancel()
     assert (status, body["error"]["code"]) == (408, "request_timeout")
     assert await client.rest() == b""
+    await served.closed_by("receive_timeout")
 
 
 async def test_a_body_may_come_slowly_but_not_stop(serve: Any, engine: Any, chat: Any) -> None:
@@ -244,6 +268,7 @@ async def test_a_head_without_end(serve: Any, begin: bytes) -> None:
     # What the client sends on may keep it from reading the answer.
     assert answer == b"" or answer.startswith(b"HTTP/1.1 431 Request Header Fields Too Large\r\n")
     await until(lambda: served.num_connections == 0)
+    await served.closed_by("max_header_bytes")
 
 
 @pytest.mark.parametrize(
@@ -256,11 +281,13 @@ async def test_a_head_without_end(serve: Any, begin: bytes) -> None:
     ids=["URL", "bytes", "number"],
 )
 async def test_a_head_that_is_too_large(serve: Any, head: bytes) -> None:
-    client = await (await serve()).connect()
+    served = await serve()
+    client = await served.connect()
     client.send(head)
     status, body = await client.answer()
     assert (status, body["error"]["code"]) == (431, "headers_too_large")
     assert await client.rest() == b""
+    await served.closed_by("max_header_bytes")
 
 
 async def test_a_refused_body_is_read_to_its_end(serve: Any) -> None:
@@ -280,6 +307,7 @@ async def test_a_refused_body_without_end(serve: Any) -> None:
     num_bytes, _ = await flood(client, b"2000\r\n" + b"a" * 8192 + b"\r\n")
     assert num_bytes < 20_000_000
     await until(lambda: served.num_connections == 0)
+    await served.closed_by("max_body_bytes")
 
 
 async def test_headers_that_are_large_but_not_too_large(serve: Any) -> None:
@@ -300,11 +328,13 @@ async def test_what_comes_after_the_body_is_counted_too(serve: Any) -> None:
 
 
 async def test_what_is_not_http(serve: Any) -> None:
-    client = await (await serve()).connect()
+    served = await serve()
+    client = await served.connect()
     client.send(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
     status, body = await client.answer()
     assert (status, body["error"]["code"]) == (400, "invalid_request")
     assert await client.rest() == b""
+    await served.closed_by("malformed")
 
 
 async def test_who_does_not_read_is_cut_off(serve: Any, engine: Any, chat: Any) -> None:
@@ -314,6 +344,7 @@ async def test_who_does_not_read_is_cut_off(serve: Any, engine: Any, chat: Any) 
     client.send(request(chat(stream=True)))
     await until(lambda: FinishReason.ABORT in engine.ended.values())
     await until(lambda: served.num_connections == 0)
+    await served.closed_by("send_timeout")
 
 
 async def test_who_reads_too_slowly_loses_the_rest(
@@ -358,6 +389,7 @@ async def test_more_connections_than_there_may_be(serve: Any, engine: Any, chat:
     status, body = await client.answer()
     assert (status, body["error"]["code"]) == (503, "server_is_overloaded")
     assert await client.rest() == b""
+    await served.closed_by("max_connections")
     waiting[0].writer.close()
     await until(lambda: served.num_connections == 1)
     async with httpx.AsyncClient(base_url=served.url) as other:
@@ -370,6 +402,7 @@ async def test_so_many_connections_that_they_are_not_even_told(serve: Any) -> No
     await until(lambda: served.num_connections == 129)
     assert await (await served.connect()).rest() == b""
     assert len(open_ones) == served.num_connections
+    await served.closed_by("max_connections")
 
 
 async def test_a_client_that_leaves_after_a_second_request(
@@ -384,6 +417,35 @@ async def test_a_client_that_leaves_after_a_second_request(
     client.writer.transport.abort()
     await until(lambda: FinishReason.ABORT in engine.ended.values())
     assert len(engine.requests) == 1
+    await served.closed_by("client")
+
+
+async def test_connections_that_are_no_longer_used(serve: Any) -> None:
+    served = await serve(keep_alive_s=0)
+    client = await served.connect()
+    client.send(b"GET /health HTTP/1.1\r\n\r\n")
+    assert (await client.answer())[0] == 200
+    assert await client.rest() == b""
+    await served.closed_by("timeout_keep_alive")
+
+
+async def test_connections_that_end_as_they_should(serve: Any) -> None:
+    served = await serve()
+    client = await served.connect()
+    client.send(b"GET /health HTTP/1.1\r\nConnection: close\r\n\r\n")
+    assert (await client.answer())[0] == 200
+    assert await client.rest() == b""
+    await served.closed_by("server")
+
+
+async def test_clients_that_have_had_enough(serve: Any) -> None:
+    served = await serve()
+    for client in [await served.connect() for _ in range(3)]:
+        client.send(b"GET /health HTTP/1.1\r\n\r\n")
+        assert (await client.answer())[0] == 200
+        client.writer.close()
+    await until(lambda: served.num_connections == 0)
+    await served.closed_by("client", 3)
 
 
 @pytest.mark.parametrize("pieces", [1, 2, 400])

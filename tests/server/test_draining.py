@@ -30,7 +30,7 @@ class Running:
     """A draining server on a real socket, in the test's own event loop."""
 
     def __init__(self, state: ServerState) -> None:
-        http = limited_protocol(state.config)
+        http = limited_protocol(state.config, state.metrics)
         config = uvicorn.Config(create_app(state), lifespan="off", log_config=None, http=http)
         self.server = DrainingServer(config, state)
         self._sock = bind_socket("127.0.0.1", 0)

@@ -59,8 +59,8 @@ async def test_nothing_begins_while_draining(
 
 
 async def test_refusal_is_known_on_entry(state: ServerState, engine: Any, request_for: Any) -> None:
-    engine.refusal = Overloaded("full", 1)
-    with pytest.raises(Overloaded):
+    engine.refusal = EngineUnavailable("gone")
+    with pytest.raises(EngineUnavailable):
         async with generating(state, [request_for()]):
             pytest.fail("must not be entered")
     await state.in_flight.wait_empty(0)
@@ -160,7 +160,7 @@ async def test_aborts_are_counted(state: ServerState, engine: Any, request_for: 
 async def test_refused_sequences_are_no_sequences(
     state: ServerState, engine: Any, request_for: Any
 ) -> None:
-    engine.refusal = Overloaded("full", 1)
+    state.admission.places.take("", 10_000)
     with pytest.raises(Overloaded):
         await text_of(state, request_for())
     text = state.metrics.render()[0].decode()

@@ -9,7 +9,6 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from bezel.engine.errors import Overloaded
 from bezel.engine.messages import FinishReason
 from bezel.server.app import create_app
 from bezel.server.request_summary import RequestSummary
@@ -95,7 +94,7 @@ async def test_the_callers_trace(client: httpx.AsyncClient, told: Any) -> None:
 
 
 async def test_refusals(
-    client: httpx.AsyncClient, engine: Any, chat: Any, told: Any, caplog: Any
+    client: httpx.AsyncClient, state: Any, chat: Any, told: Any, caplog: Any
 ) -> None:
     for content, error in [
         (b"{", "invalid_request_error"),
@@ -103,7 +102,8 @@ async def test_refusals(
     ]:
         await client.post(CHAT, content=content, headers={"content-type": "application/json"})
         assert told()[-1]["error"] == error
-    engine.refusal = Overloaded("full", 1)
+    # The prompt is what there is no room for.
+    state.admission.waiting_tokens.take("", state.config.engine.max_num_queued_tokens - 1)
     assert (await client.post(CHAT, json=chat())).status_code == 429
     await client.get("/some/secret?key=sk-1")
     await client.get("/v1/models/other")

@@ -63,6 +63,15 @@ async def ready_gauge(app: FastAPI, client_for: Any) -> float:
     return float(found[1])
 
 
+async def test_log_lines_that_were_lost_are_told_of(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bezel.server.app.num_dropped_lines", lambda: 7)
+    for _ in range(2):
+        text = (await client.get("/metrics")).text
+        assert '\nbezel_log_lines_dropped_total{process="server"} 7.0\n' in text
+
+
 async def test_ready_is_what_the_probe_says(
     app: FastAPI, state: ServerState, engine: Any, client_for: Any
 ) -> None:

@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
-from bezel.engine.errors import EngineUnavailable, Overloaded
+from bezel.engine.errors import EngineUnavailable
 from bezel.engine.messages import FinishReason
 
 pytestmark = pytest.mark.anyio
@@ -90,14 +90,14 @@ def test_models(client: openai.OpenAI) -> None:
     assert client.models.retrieve("tiny").id == "tiny"
 
 
-def test_errors_have_their_classes(client: openai.OpenAI, engine: Any) -> None:
+def test_errors_have_their_classes(client: openai.OpenAI, state: Any) -> None:
     with pytest.raises(openai.NotFoundError) as not_found:
         client.chat.completions.create(model="other", messages=MESSAGES)
     assert not_found.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError) as bad:
         client.chat.completions.create(model="tiny", messages=MESSAGES, temperature=3)
     assert bad.value.param == "temperature"
-    engine.refusal = Overloaded("The queue is full.", retry_after_s=1)
+    state.admission.places.take("", 10_000)
     with pytest.raises(openai.RateLimitError) as overload:
         client.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
     assert overload.value.code == "slow_down"

@@ -9,18 +9,18 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from bezel.engine.errors import ConfigError, Overloaded
+from bezel.engine.errors import ConfigError
 from bezel.engine.messages import FinishReason
 from bezel.server import tracing as tracing_module
 from bezel.server.app import create_app
 from bezel.server.request_id import set_trace_id, trace_id
+from bezel.server.state import ServerState
 from bezel.server.tracing import Tracing, open_tracing
 
 pytestmark = pytest.mark.anyio
@@ -35,13 +35,13 @@ def exporter() -> InMemorySpanExporter:
 
 
 @pytest.fixture
-def app(make_state: Any, exporter: InMemorySpanExporter) -> FastAPI:
+def state(make_state: Any, exporter: InMemorySpanExporter) -> ServerState:
     """One whose spans go to the exporter as soon as they end."""
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    state = make_state()
+    state: ServerState = make_state()
     state.tracing = Tracing(provider)
-    return create_app(state)
+    return state
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_trace_ids_without_spans(given: str, taken: str) -> None:
 @pytest.mark.parametrize(
     ("cause", "status", "error", "code"),
     [
-        (Overloaded("full", 1), 429, "slow_down", StatusCode.UNSET),
+        (None, 429, "slow_down", StatusCode.UNSET),
         (KeyError("ASKED"), 500, "internal_error", StatusCode.ERROR),
     ],
 )
@@ -168,11 +168,14 @@ async def test_errors(
     engine: Any,
     chat: Any,
     only_span: Any,
-    cause: Exception,
+    state: ServerState,
+    cause: Exception | None,
     status: int,
     error: str,
     code: StatusCode,
 ) -> None:
+    if cause is None:
+        state.admission.places.take("", 10_000)
     engine.refusal = cause
     assert (await client.post(CHAT, json=chat())).status_code == status
     span = only_span()
