@@ -122,7 +122,7 @@ class _Clocks:
         self._profile, self._compute_logits = profile, compute_logits
         self._run = Program.run
 
-    def compute_logits(self, *arguments: Any) -> Any:
+    def head(self, *arguments: Any) -> Any:
         self._profile.disable()
         started = time.perf_counter()
         logits_NV = self._compute_logits(*arguments)
@@ -151,7 +151,7 @@ def profile(batch: Decoding, num_steps: int) -> tuple[dict[str, float], Stats]:
     model: Any = batch.engine.runner.model
     clocks = _Clocks(profiler, model.compute_logits)
     with (
-        patch.object(model, "compute_logits", clocks.compute_logits),
+        patch.object(model, "compute_logits", clocks.head),
         patch.object(Program, "run", lambda program: clocks.run(program)),
     ):
         profiler.enable()
