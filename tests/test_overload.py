@@ -4,6 +4,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,7 @@ def test_the_report() -> None:
     report = Report(
         at_once=8,
         peak=peak,
+        peak_after=replace(peak, goodput=0.15),
         offered=1.0,
         overload=phase,
         returns=Crowd(lambda messages: asyncio.sleep(0)).returns(0.0, phase),  # type: ignore[arg-type, return-value]
@@ -118,6 +120,7 @@ def test_the_report() -> None:
         bytes_after=10**9,
     )
     text = to_text(report)
-    assert "goodput    0.20 requests/s, 80.0% of the peak" in text
+    assert "peak       0.15 requests/s afterwards" in text
+    assert "goodput    0.20 requests/s, 100.0% of the peaks' mean" in text
     assert "admitted   2 of 3; first token after 0.50 s (p50)" in text
     assert "refused    429: 1, 503: 0, otherwise: none" in text
