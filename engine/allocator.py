@@ -5,7 +5,7 @@ import ctypes
 import sys
 from typing import Any
 
-# Of glibc's malloc.h. It takes 32 MiB as the first at most, on machines of 64 bits.
+# Of glibc's malloc.h. It takes 32 MiB as the second at most, on machines of 64 bits.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _KEPT_BYTES, _LARGEST_KEPT_BYTES = 256 << 20, 32 << 20
 
@@ -21,7 +21,7 @@ def keep_freed_memory() -> bool:
     """Keep up to 256 MiB of it from now on, in pieces of up to 32 MiB; whether that can be had.
 
     Every step takes the same memory for its activations. Returned to the system it comes back as
-    fresh pages, which take about a tenth of the time of a prefill.
+    fresh pages, which can take a tenth of the time of a prefill.
     """
     set_option = _function("mallopt")
     return set_option is not None and all(
