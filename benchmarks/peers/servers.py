@@ -112,7 +112,9 @@ def running(recipe: Recipe, folder: Path) -> Iterator[Server]:
             stdout=output,
             stderr=subprocess.STDOUT,
             env=inherited | recipe.variables,
-            start_new_session=True,
+            # Not a session of its own: between sessions Linux shares cores out evenly, whatever the
+            # priority of a client that means to give way.
+            process_group=0,
         )
     try:
         yield Server(recipe.name, process, port, log, started_s)
@@ -121,7 +123,7 @@ def running(recipe: Recipe, folder: Path) -> Iterator[Server]:
 
 
 def stop(process: "subprocess.Popen[bytes]") -> None:
-    """End a process that `running` started, and after a while what is left of its session."""
+    """End a process that `running` started, and after a while what is left of its group."""
     process.terminate()
     try:
         process.wait(STOP_TIMEOUT_S)
