@@ -176,7 +176,7 @@ def test_a_token_is_found_without_reading_the_vocabulary(
 
 
 def test_a_file_may_have_no_vocabulary(write_gguf: WriteGGUF) -> None:
-    numbers = {"tokenizer.ggml.tokens": [1, 2]}
+    numbers = {"tokenizer.ggml.tokens": [1, 0, ord("a")]}  # int32: as "a" is written among strings
     for n, metadata in enumerate(({}, numbers)):
         path = write_gguf("gemma3", metadata, {"a": values(32)}, name=f"{n}.gguf")
         assert GGUFFile(path).token_id("a") is None

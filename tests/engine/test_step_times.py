@@ -1,4 +1,4 @@
-"""What the engine tells of time: how long a sequence waited, and where a step's went."""
+"""What the engine tells of itself: how long a sequence waited, and where a step's time went."""
 
 import os
 from itertools import count
@@ -68,6 +68,11 @@ def test_where_the_time_of_a_step_goes(engine: Engine, monkeypatch: pytest.Monke
     assert (stats.schedule_seconds, stats.model_seconds, stats.step_seconds) == (2.0, 1.0, 4.0)
     report = engine.report().stats
     assert (report.schedule_seconds, report.model_seconds, report.step_seconds) == (0.0, 0.0, 0.0)
+
+
+def test_log_lines_that_were_lost(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core, "num_dropped_lines", lambda: 7)
+    assert engine.report().stats.num_dropped_log_lines == 7
 
 
 def test_the_start_is_told(engine: Engine) -> None:
