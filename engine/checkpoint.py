@@ -111,6 +111,19 @@ def iterate_tensors(
                 yield name, tensors.get_tensor(name)
 
 
+def stored_dtypes(checkpoint: Checkpoint) -> dict[str, str]:
+    """The dtype of each tensor of a directory, as safetensors spells it, such as `BF16`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    dtypes: dict[str, str] = {}
+    for shard in _shards(checkpoint.path):
+        with _opened(shard, framework="np") as tensors:
+            dtypes |= {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+    return dtypes
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 

@@ -22,8 +22,14 @@ from bezel.engine.logprobs import PromptLogprobs
 from bezel.engine.memory import DeviceMemory, arena_bytes, max_model_len
 from bezel.engine.model_config import ModelConfig
 from bezel.engine.models.registry import build_model
-from bezel.engine.packing import Values, bfloat16_matrices, with_whole_experts
-from bezel.engine.quantization import choose_formats, parameter_of, stored_types
+from bezel.engine.packing import Values, with_whole_experts
+from bezel.engine.quantization import (
+    bfloat16_matrices,
+    choose_formats,
+    parameter_of,
+    stored_in_bfloat16,
+    stored_types,
+)
 from bezel.engine.scheduler import ScheduledStep
 from bezel.engine.warm_up import warm_up_model
 from bezel.engine.weights import load_weights, text_name
@@ -55,9 +61,13 @@ class ModelRunner:
         memory = torch.device("meta") if is_cpu else self.device
         self.model = build_model(self.model_config, self.dtype, memory)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        formats = choose_formats(config, self.model, not is_cpu, stored_types(checkpoint))
-        if is_cpu and self.dtype == torch.bfloat16:
-            formats = bfloat16_matrices(self.model) | formats
+        stored = stored_types(checkpoint)
+        formats = choose_formats(config, self.model, not is_cpu, stored)
+        if is_cpu:
+            if self.dtype == torch.bfloat16:
+                formats = bfloat16_matrices(self.model) | formats
+            else:
+                formats = stored_in_bfloat16(self.model, stored) | formats
         formats = with_whole_experts(formats)
         load_weights(self.model, _with_progress(checkpoint, formats), formats)
         if is_cpu:
@@ -139,8 +149,7 @@ class ModelRunner:
             num_tokens = min(num_tokens, config.max_num_batched_tokens, self.max_model_len)
             batch = Batch.idle_chunk(num_tokens, self.layout, self.device)
             self._logits(self._hidden(batch)[:1])
-        is_recordable = self.dtype == torch.bfloat16 and not config.enforce_eager
-        if is_recordable and threads_run_together():
+        if not config.enforce_eager and threads_run_together():
             self.decode_programs = DecodePrograms(
                 self._hidden, self.layout, config.max_num_seqs, self.max_model_len
             )

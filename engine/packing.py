@@ -32,16 +32,6 @@ class StoredRows:
 Values = Tensor | Int4Values | StoredRows
 
 
-def bfloat16_matrices(model: nn.Module) -> dict[str, WeightFormat]:
-    """Every matrix that the kernels for CPUs can take as it is."""
-    format = WeightFormat.BFLOAT16
-    return {
-        name: format
-        for name, value in model.named_parameters()
-        if value.ndim > 1 and value.shape[-1] % format.granularity == 0
-    }
-
-
 def with_whole_experts(formats: Mapping[str, WeightFormat]) -> dict[str, WeightFormat]:
     """`formats` without experts of which only one of the two matrices is to be packed: their
     products are one operation."""

@@ -6,6 +6,9 @@
     int8    INT8: all matrices
     int4    INT4: the matrices of the layers; INT8: tables of embeddings and the output head
 
+On a CPU a matrix that is stored in bfloat16 stays so in a model of float32 too: nothing is lost,
+and it takes half of the memory.
+
 Norms, scalars and the router's matrix, which is small and decides a lot, are never rounded. A
 matrix whose rows aren't whole groups of 32 keeps the model's dtype.
 """
@@ -15,11 +18,12 @@ from collections.abc import Iterable, Mapping
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Kind
 
-from bezel.engine.checkpoint import Checkpoint
+from bezel.engine.checkpoint import Checkpoint, stored_dtypes
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import ConfigError
 from bezel.engine.gguf_tensors import hf_tensor_types
 from bezel.engine.models.decoder import Decoder
+from bezel.engine.weights import text_name
 from bezel.kernels.packed import WeightFormat
 
 Types = Mapping[str, tuple[Kind, ...]]
@@ -32,6 +36,7 @@ _FUSED = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
 }
+_SAFETENSORS = {"BF16": Kind.BF16, "F16": Kind.F16}
 # From the least to the most precise; None is the model's dtype.
 _BY_PRECISION = (WeightFormat.INT4, WeightFormat.INT8, None)
 # A value's bits with its share of scales and minima: INT4 itself takes 5, Q5_0 takes 5.5.
@@ -41,9 +46,15 @@ _UNEVEN = (Kind.IQ4_NL, Kind.IQ4_XS, Kind.MXFP4, Kind.NVFP4)
 
 
 def stored_types(checkpoint: Checkpoint) -> Types:
-    """The types of the tensors that each text tensor of a GGUF file is made of; else nothing."""
+    """The types of the tensors that each text tensor is made of, in GGUF's terms; F32 stands for
+    whatever safetensors has besides floats of 16 bits.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
     if checkpoint.format != "gguf":
-        return {}
+        dtypes = stored_dtypes(checkpoint)
+        return {text_name(n): (_SAFETENSORS.get(d, Kind.F32),) for n, d in dtypes.items()}
     types = hf_tensor_types(checkpoint.gguf)
     return {name.removeprefix("model."): kinds for name, kinds in types.items()}
 
@@ -76,6 +87,26 @@ def choose_formats(
         for name in matrices
         if (format := wanted.get(name)) is not None and shapes[name][-1] % format.granularity == 0
     }
+
+
+def bfloat16_matrices(model: Decoder) -> dict[str, WeightFormat]:
+    """Every matrix that the kernels for CPUs can take in bfloat16."""
+    format = WeightFormat.BFLOAT16
+    return {
+        name: format
+        for name, value in model.named_parameters()
+        if value.ndim > 1 and value.shape[-1] % format.granularity == 0
+    }
+
+
+def stored_in_bfloat16(model: Decoder, stored: Types) -> dict[str, WeightFormat]:
+    """Those of `bfloat16_matrices` that lose nothing by it, whatever the model's dtype."""
+    kinds: dict[str, set[Kind]] = {}
+    for name, found in stored.items():
+        if not model.is_ignorable(name):
+            kinds.setdefault(parameter_of(name), set()).update(found)
+    matrices = bfloat16_matrices(model).items()
+    return {name: format for name, format in matrices if kinds.get(name) == {Kind.BF16}}
 
 
 def _asked_for(choice: str, name: str) -> WeightFormat:

@@ -37,7 +37,7 @@ def packed_moe_mlp(
     if not runs_numba(x_TD, gate_up.num_inputs, down.num_inputs):
         return packed_moe_mlp_reference(x_TD, chosen_TA, gate_up, down)
     num_tokens, top_k = chosen_TA.shape
-    row_bytes = x_TD.shape[1] * (2 if gate_up.format is WeightFormat.BFLOAT16 else 1)
+    row_bytes = x_TD.shape[1] * (x_TD.itemsize if gate_up.format is WeightFormat.BFLOAT16 else 1)
     order_R, blocks_M3 = dispatch(chosen_TA, len(gate_up.data), rows_at_once(row_bytes))
     gate_up_RF2 = packed_experts_cpu(x_TD, order_R, top_k, blocks_M3, gate_up)
     y_RD = packed_experts_cpu(gelu_mul(gate_up_RF2), None, top_k, blocks_M3, down)

@@ -52,7 +52,7 @@ def plan_of(engine: "Engine") -> Plan:
     """Of an engine that runs, with its weights and its pool as they are."""
     runner = engine.runner
     is_gpu = runner.device.type == "cuda"
-    formats = _formats(runner.model)
+    formats = _formats(runner.model, runner.dtype)
     model = PlannedModel.of(
         engine.checkpoint.name,
         runner.model_config,
@@ -64,13 +64,13 @@ def plan_of(engine: "Engine") -> Plan:
     return make_plan(model, engine.config, memory, _speed(runner.device))
 
 
-def _formats(model: nn.Module) -> dict[str, WeightFormat]:
+def _formats(model: nn.Module, dtype: torch.dtype) -> dict[str, WeightFormat]:
     """Of weights that are kept in another format than the model's dtype."""
     return {
         f"{path}.{leaf}": weight.format
         for path, module in model.named_modules()
         for leaf, weight in vars(module).items()
-        if isinstance(weight, PackedWeight) and weight.format is not WeightFormat.BFLOAT16
+        if isinstance(weight, PackedWeight) and weight.format != str(dtype).removeprefix("torch.")
     }
 
 

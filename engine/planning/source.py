@@ -3,14 +3,25 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bezel.engine.checkpoint import read_json, resolve_checkpoint
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import CheckpointError
 from bezel.engine.hub import download_config
 from bezel.engine.model_config import ModelConfig
+from bezel.engine.models.decoder import Decoder
+from bezel.engine.packing import with_whole_experts
 from bezel.engine.planning.model import FormatChoice
 from bezel.engine.planning.published import PUBLISHED, published_name
-from bezel.engine.quantization import Types, choose_formats, stored_types
+from bezel.engine.quantization import (
+    Types,
+    bfloat16_matrices,
+    choose_formats,
+    stored_in_bfloat16,
+    stored_types,
+)
+from bezel.kernels.packed import WeightFormat
 
 
 def resolve_config(model: str, *, use_published: bool = True) -> tuple[str, ModelConfig]:
@@ -29,12 +40,28 @@ def resolve_config(model: str, *, use_published: bool = True) -> tuple[str, Mode
 
 
 def format_choice(config: EngineConfig, is_gpu: bool) -> FormatChoice:
-    """Which weights of `config.model` are packed on a GPU or a CPU; of a GGUF file the header
-    says what it stores."""
-    stored: Types = {}
-    if config.model == "default" or config.model.endswith(".gguf"):
-        stored = stored_types(resolve_checkpoint(config.model))
-    return lambda model: choose_formats(config, model, is_gpu, stored)
+    """Which weights of `config.model` are kept in another format than the model's dtype on a GPU or
+    a CPU. What files store their headers say; models that aren't here are taken to be stored in
+    bfloat16, as all that are published."""
+    stored = _stored(config.model)
+
+    def choose(model: Decoder) -> dict[str, WeightFormat]:
+        formats = choose_formats(config, model, is_gpu, stored or {})
+        if is_gpu or model.embed_tokens.dtype == torch.bfloat16:
+            return formats
+        if stored is None:
+            return with_whole_experts(bfloat16_matrices(model) | formats)
+        return with_whole_experts(stored_in_bfloat16(model, stored) | formats)
+
+    return choose
+
+
+def _stored(model: str) -> Types | None:
+    """None if there are no weights here, perhaps a config.json alone."""
+    has_weights = Path(model).is_dir() and any(Path(model).glob("*.safetensors"))
+    if model == "default" or model.endswith(".gguf") or has_weights:
+        return stored_types(resolve_checkpoint(model))
+    return None
 
 
 def _find(model: str, use_published: bool) -> tuple[str, dict[str, Any]]:

@@ -7,9 +7,10 @@ beside one. The threads take tasks one after the other, so a thread that is held
 program gets fewer of them. The sum over k has the same order whatever the number of rows: a row's
 result doesn't depend on the batch.
 
-Which kind of weight it is says the type of `weight`: BF16, I8 or I4. Their blocks of 64 columns:
+Which kind of weight it is says the type of `weight`: BF16, BF16_F32, I8 or I4. Their blocks of 64
+columns:
 
-    BF16   [ K/2 words ]
+    BF16   [ K/2 words ]                                    BF16_F32 the same, with x in float32
     I8     [ K/4 words | 64 scales, float32 ]               w = scale · (code − 128)
     I4     K/32 × [ 4 words | 64 scales | 64 minima ]       w = scale · code − minimum, float16 both
 
@@ -23,8 +24,11 @@ from numba.extending import overload
 
 from bezel.kernels.cpu.jit import device, kernel
 from bezel.kernels.cpu.lanes import (
+    BF16,
     F16,
     I8,
+    LANES,
+    has_feature,
     lane_max,
     lane_sum,
     load,
@@ -37,52 +41,79 @@ from bezel.kernels.cpu.lanes import (
     store_i32,
     take_next,
 )
-from bezel.kernels.cpu.rows import serial, share
+from bezel.kernels.cpu.rows import num_bytes, serial, share
 from bezel.kernels.cpu.tiles import (
+    NUM_COLUMNS,
     TILE_BYTES,
     add_scaled,
     add_weighted,
+    columns_of,
     dot_bf16,
+    dot_bf16_f32,
     dot_int4,
     dot_int8,
     negative_sums,
     scale_columns,
     store_tile,
     subtract_outer,
+    whole_sums,
     zero_sums,
     zero_tile,
 )
 from bezel.kernels.packed import COLUMNS, GROUP
 
-I4 = np.uint8(0)
+I4, BF16_F32 = np.uint8(0), np.int16(0)
 _LONGEST_RUN, _SHARES = 16, 16
+# Lanes of columns that tiles of three rows and more have, so that their sums just fill the
+# registers; INT8 has two of each sum, one a float. Tiles of fewer rows wait for memory, and read it
+# in its order.
+_IS_WIDE = has_feature("avx512f")
+_TALL_COLUMNS = {types.int8: 2} if _IS_WIDE else {}
+_OTHER_TALL_COLUMNS = NUM_COLUMNS if _IS_WIDE else 1
+# Rows of the tallest tiles; INT4 needs registers for more of a word.
+MOST_ROWS, MOST_INT4_ROWS = 6, 3 if _IS_WIDE else 6
 GROUP_BYTES = 4 * TILE_BYTES + 2 * 2 * COLUMNS  # of I4: words, scales, minima
 
 
-def _multiply(weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch):
-    """One tile of y; the overloads below are its bodies."""
+def _multiply(
+    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch, column
+):
+    """One tile of y, from lane `column` of the block on; the overloads below are its bodies."""
 
 
 @overload(_multiply)
 def _multiply_kind(
-    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch
+    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch, column
 ):
     if weight == types.uint16:
         return _multiply_bf16
+    if weight == types.int16:
+        return _multiply_bf16_f32
     return _multiply_int8 if weight == types.int8 else _multiply_int4
 
 
 def _multiply_bf16(
-    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch
+    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch, column
 ):
+    w += 4 * LANES * column
     for k in range(num_words):
         tile = dot_bf16(tile, w + TILE_BYTES * k, x + 4 * k, x_pitch)
-    store_tile(element, y, y_pitch, tile)
+    store_tile(element, y + LANES * column * num_bytes(element), y_pitch, tile)
+
+
+def _multiply_bf16_f32(
+    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch, column
+):
+    w += 4 * LANES * column
+    for k in range(num_words):
+        tile = dot_bf16_f32(tile, w + TILE_BYTES * k, x + 8 * k, x_pitch)
+    store_tile(element, y + LANES * column * num_bytes(element), y_pitch, tile)
 
 
 def _multiply_int8(
-    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch
+    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch, column
 ):
+    w += 4 * LANES * column
     first = w
     for _ in range(num_words // 8):
         sums = negative_sums(tile, factors + 4, factor_pitch)
@@ -93,23 +124,56 @@ def _multiply_int8(
         x += GROUP
         factors += 8
     tile = scale_columns(tile, first + TILE_BYTES * num_words)
-    store_tile(element, y, y_pitch, tile)
+    store_tile(element, y + LANES * column * num_bytes(element), y_pitch, tile)
 
 
 def _multiply_int4(
-    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch
+    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch, column
 ):
+    w += 4 * LANES * column
     for _ in range(num_words // 4):
         sums = zero_sums(tile)
         for k in range(4):
             sums = dot_int4(sums, w + TILE_BYTES * k, x + 8 * k, x_pitch)
-        scales = w + 4 * TILE_BYTES
-        tile = add_scaled(tile, sums, F16, scales, factors, factor_pitch)
+        scales = w + 4 * TILE_BYTES - 2 * LANES * column  # two bytes each, not four
+        tile = add_scaled(tile, whole_sums(sums), F16, scales, factors, factor_pitch)
         tile = subtract_outer(tile, F16, scales + 128, factors + 4, factor_pitch)
         w += GROUP_BYTES
         x += GROUP
         factors += 8
-    store_tile(element, y, y_pitch, tile)
+    store_tile(element, y + LANES * column * num_bytes(element), y_pitch, tile)
+
+
+def bfloat16_kind(element):
+    """What weights in bfloat16 are to rows of an element."""
+    return BF16 if element.dtype == np.uint16 else BF16_F32
+
+
+@overload(bfloat16_kind)
+def _bfloat16_kind(element):
+    return (lambda element: BF16) if element == types.uint16 else (lambda element: BF16_F32)
+
+
+def _tall_tile(weight, num_rows):
+    """Zeros, for a constant number of rows."""
+
+
+@overload(_tall_tile, prefer_literal=True)
+def _tall_tile_of_kind(weight, num_rows):
+    columns = _TALL_COLUMNS.get(weight, _OTHER_TALL_COLUMNS)
+    return lambda weight, num_rows: zero_tile(num_rows, columns)
+
+
+@device
+def _multiply_columns(
+    weight, element, tile, x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch
+):
+    """64 columns, as many at a time as a tile has."""
+    for column in range(0, NUM_COLUMNS, columns_of(tile)):
+        _multiply(
+            weight, element, tile,
+            x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch, column,
+        )  # fmt: skip
 
 
 @device
@@ -131,26 +195,26 @@ def multiply_block(
     while num_rows > 0:
         if num_rows >= 6 and most_rows >= 6:
             step = 6
-            _multiply(
-                weight, element, zero_tile(6),
+            _multiply_columns(
+                weight, element, _tall_tile(weight, 6),
                 x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch,
             )  # fmt: skip
         elif num_rows >= 3:
             step = 3
-            _multiply(
-                weight, element, zero_tile(3),
+            _multiply_columns(
+                weight, element, _tall_tile(weight, 3),
                 x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch,
             )  # fmt: skip
         elif num_rows == 2:
             step = 2
-            _multiply(
-                weight, element, zero_tile(2),
+            _multiply_columns(
+                weight, element, zero_tile(2, NUM_COLUMNS),
                 x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch,
             )  # fmt: skip
         else:
             step = 1
-            _multiply(
-                weight, element, zero_tile(1),
+            _multiply_columns(
+                weight, element, zero_tile(1, NUM_COLUMNS),
                 x, x_pitch, factors, factor_pitch, w, num_words, y, y_pitch,
             )  # fmt: skip
         num_rows -= step

@@ -1,10 +1,15 @@
 """Launches what works on packed weights: see kernels/linear.py."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from bezel.kernels.cpu.gemm import (
     I4,
+    MOST_INT4_ROWS,
+    MOST_ROWS,
+    bfloat16_kind,
     multiply,
     multiply_row_blocks,
     quantize_all,
@@ -38,6 +43,7 @@ class Scratch:
 
 
 _KINDS = {WeightFormat.BFLOAT16: BF16, WeightFormat.INT8: I8, WeightFormat.INT4: I4}
+
 # A product is always shared: it is what takes the time.
 _MULTIPLY = {kind: Operation(f"multiply_{kind}", multiply, multiply) for kind in WeightFormat}
 _MULTIPLY_EXPERTS = {
@@ -48,7 +54,11 @@ _UNPACK = {kind: Operation(f"unpack_{kind}", unpack_rows, unpack_all) for kind i
 _QUANTIZE = Operation("quantize", quantize_rows, quantize_all)
 _VALUES_PER_WORD = {WeightFormat.BFLOAT16: 2, WeightFormat.INT8: 4, WeightFormat.INT4: 8}
 _ROW_BYTES_AT_ONCE = 1 << 18  # of x, a quarter of a usual second-level cache
-_MOST_ROWS = {WeightFormat.BFLOAT16: 6, WeightFormat.INT8: 3, WeightFormat.INT4: 3}
+_MOST_ROWS = {
+    WeightFormat.BFLOAT16: MOST_ROWS,
+    WeightFormat.INT8: MOST_ROWS,
+    WeightFormat.INT4: MOST_INT4_ROWS,
+}
 
 
 def packed_linear_cpu(
@@ -62,7 +72,7 @@ def packed_linear_cpu(
     rows, factors = _rows_of(x_TK, weight.format)
     row_bytes = rows.stride(0) * rows.element_size()
     numbers = (
-        _KINDS[weight.format],
+        _kind_of(weight.format, x_TK),
         ELEMENTS[dtype],
         rows.data_ptr(),
         row_bytes,
@@ -85,11 +95,16 @@ def packed_linear_cpu(
     return y_TN[:, : weight.num_outputs].contiguous()
 
 
+def _kind_of(format: WeightFormat, x: Tensor) -> Any:
+    """What weights of a format are to rows of the dtype of `x`."""
+    return bfloat16_kind(element_of(x)) if format is WeightFormat.BFLOAT16 else _KINDS[format]
+
+
 def _rows_of(x_TK: Tensor, format: WeightFormat) -> tuple[Tensor, Tensor | None]:
     """x as the kernel reads it, and what goes with int8 codes."""
     assert x_TK.stride(1) == 1
     if format is WeightFormat.BFLOAT16:
-        return x_TK.to(torch.bfloat16), None
+        return x_TK, None
     num_rows, num_inputs = x_TK.shape
     codes_TK = torch.empty(num_rows, num_inputs, dtype=torch.int8)
     factors = torch.empty(num_rows, 2 * (num_inputs // GROUP))
@@ -144,7 +159,7 @@ def packed_experts_cpu(
     _, num_blocks, block_bytes = weights.data.shape
     y_RN = x_TK.new_empty(num_rows, num_blocks * COLUMNS)
     numbers = (
-        _KINDS[weights.format],
+        _kind_of(weights.format, x_TK),
         ELEMENTS[x_TK.dtype],
         rows_RK.data_ptr(),
         rows_RK.stride(0) * rows_RK.element_size(),

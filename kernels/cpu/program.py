@@ -2,6 +2,8 @@
 
     row of the table   [ code | rows | numbers … | counter ]         int64; floats by their bits
 
+A program computes in bfloat16 or in float32, which says its *element*; for each there is a kernel.
+
 All threads go through the table together. Each takes its share of a launch, then waits until the
 others are done with theirs. In one step that is some hundred waits of less than a microsecond,
 where Python takes ten for a launch, and a thread that went to sleep in between as long to wake up.
@@ -23,7 +25,13 @@ from bezel.kernels.cpu.attention_split import Call
 from bezel.kernels.cpu.combine import combine_rows, route_rows
 from bezel.kernels.cpu.decode_attention import join_splits, plan_splits, work_in_program
 from bezel.kernels.cpu.gelu import gelu_rows
-from bezel.kernels.cpu.gemm import I4, multiply_block_tasks, multiply_tasks, quantize_rows
+from bezel.kernels.cpu.gemm import (
+    I4,
+    bfloat16_kind,
+    multiply_block_tasks,
+    multiply_tasks,
+    quantize_rows,
+)
 from bezel.kernels.cpu.jit import device, kernel
 from bezel.kernels.cpu.lanes import BF16, I8, load_i64, store_i64
 from bezel.kernels.cpu.launch import CannotRecord, Launch
@@ -133,25 +141,26 @@ def _wait(barrier, wanted):
 
 
 @device
-def _multiply(weight, p, counter):
+def _multiply(weight, element, p, counter):
     multiply_tasks(
-        counter, weight, BF16, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), _i(p, 6),
-        _i(p, 7), _i(p, 8), _i(p, 9), _i(p, 10), _i(p, 11), _i(p, 12), _i(p, 13),
+        counter, weight, element, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5),
+        _i(p, 6), _i(p, 7), _i(p, 8), _i(p, 9), _i(p, 10), _i(p, 11), _i(p, 12), _i(p, 13),
     )  # fmt: skip
 
 
 @device
-def _multiply_experts(weight, p, counter):
+def _multiply_experts(weight, element, p, counter):
     multiply_block_tasks(
-        counter, weight, BF16, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), _i(p, 6),
-        _i(p, 7), _i(p, 8), _i(p, 9), _i(p, 10), _i(p, 11), _i(p, 12), _i(p, 13), _i(p, 14),
+        counter, weight, element, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5),
+        _i(p, 6), _i(p, 7), _i(p, 8), _i(p, 9), _i(p, 10), _i(p, 11), _i(p, 12), _i(p, 13),
+        _i(p, 14),
     )  # fmt: skip
 
 
 @device
-def _unpack(weight, first, last, p):
+def _unpack(weight, element, first, last, p):
     unpack_rows(
-        first, last, weight, BF16, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5),
+        first, last, weight, element, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5),
         _i(p, 6), _f(p, 7),
     )  # fmt: skip
 
@@ -166,58 +175,58 @@ def _call(p):
 
 
 @device
-def _run_row(code, i_thread, threads, first, last, p, counter):
+def _run_row(element, code, i_thread, threads, first, last, p, counter):
     """A thread's share of one launch, whose numbers begin at `p`."""
     if code == 0:
-        norm_rows(first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _f(p, 5), BF16)
+        norm_rows(first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _f(p, 5), element)
     elif code == 1:
         add_norm_rows(
             first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), _f(p, 6),
-            _i(p, 7), _i(p, 8), _i(p, 9), _i(p, 10), _i(p, 11), _i(p, 12), _f(p, 13), BF16,
+            _i(p, 7), _i(p, 8), _i(p, 9), _i(p, 10), _i(p, 11), _i(p, 12), _f(p, 13), element,
         )  # fmt: skip
     elif code == 2:
         qkv_rows(
             first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), _f(p, 6),
             _i(p, 7), _i(p, 8), _i(p, 9), _i(p, 10), _i(p, 11), _i(p, 12), _i(p, 13), _i(p, 14),
             _i(p, 15), _i(p, 16), _i(p, 17), _i(p, 18), _i(p, 19), _i(p, 20) != 0, _i(p, 21) != 0,
-            _i(p, 22) != 0, BF16,
+            _i(p, 22) != 0, element,
         )  # fmt: skip
     elif code == 3:
         gelu_rows(
-            first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), BF16
+            first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), element
         )  # fmt: skip
     elif code == 4:
         table_rows(first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4))
     elif code == 5:
         quantize_rows(
-            first, last, BF16, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5) != 0,
+            first, last, element, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5) != 0,
             _i(p, 6),
         )  # fmt: skip
     elif code == 6:
-        _multiply(BF16, p, counter)
+        _multiply(bfloat16_kind(element), element, p, counter)
     elif code == 7:
-        _multiply(I8, p, counter)
+        _multiply(I8, element, p, counter)
     elif code == 8:
-        _multiply(I4, p, counter)
+        _multiply(I4, element, p, counter)
     elif code == 9:
-        _unpack(BF16, first, last, p)
+        _unpack(BF16, element, first, last, p)
     elif code == 10:
-        _unpack(I8, first, last, p)
+        _unpack(I8, element, first, last, p)
     elif code == 11:
-        _unpack(I4, first, last, p)
+        _unpack(I4, element, first, last, p)
     elif code == 12:
         if first < last:
             plan_splits(_call(p + 24))
     elif code == 13:
         work_in_program(
-            BF16, _call(p + 24), _i(p, 0), _i(p, 1), counter, _i(p, 2), i_thread
+            element, _call(p + 24), _i(p, 0), _i(p, 1), counter, _i(p, 2), i_thread
         )  # fmt: skip
     elif code == 14:
-        join_splits(BF16, _call(p + 24), first, last, _i(p, 2))
+        join_splits(element, _call(p + 24), first, last, _i(p, 2))
     elif code == 15:
         route_rows(
             first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5), _i(p, 6),
-            BF16, BF16,
+            element, element,
         )  # fmt: skip
     elif code == 16:
         dispatch_slots(
@@ -231,21 +240,21 @@ def _run_row(code, i_thread, threads, first, last, p, counter):
     elif code == 18:
         scatter_rows(first, last, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5))
     elif code == 19:
-        _multiply_experts(BF16, p, counter)
+        _multiply_experts(bfloat16_kind(element), element, p, counter)
     elif code == 20:
-        _multiply_experts(I8, p, counter)
+        _multiply_experts(I8, element, p, counter)
     elif code == 21:
-        _multiply_experts(I4, p, counter)
+        _multiply_experts(I4, element, p, counter)
     elif code == 22:
         combine_rows(
             first, last, i_thread, _i(p, 0), _i(p, 1), _i(p, 2), _i(p, 3), _i(p, 4), _i(p, 5),
             _i(p, 6), _i(p, 7), _i(p, 8), _i(p, 9), _i(p, 10), _f(p, 11), _i(p, 12), _i(p, 13),
-            _i(p, 14), _i(p, 15), _i(p, 16), _f(p, 17), BF16,
+            _i(p, 14), _i(p, 15), _i(p, 16), _f(p, 17), element,
         )  # fmt: skip
 
 
 @kernel
-def _run(table, num_launches, barrier, threads):
+def _run(element, table, num_launches, barrier, threads):
     for i in range(num_launches):
         store_i64(table + 8 * WIDTH * i + _COUNTER, 0)
     store_i64(barrier, 0)
@@ -255,7 +264,7 @@ def _run(table, num_launches, barrier, threads):
             num_rows = _i(row, 1)
             first = share(i_thread, threads, num_rows)
             last = share(i_thread + 1, threads, num_rows)
-            _run_row(_i(row, 0), i_thread, threads, first, last, row + 16, row + _COUNTER)
+            _run_row(element, _i(row, 0), i_thread, threads, first, last, row + 16, row + _COUNTER)
             _arrive(barrier)
             _wait(barrier, threads * (i + 1))
 
@@ -291,17 +300,18 @@ class Program:
     """The launches of a recorded step, by `names`; `run` computes it anew.
 
     Raises:
-        CannotRecord: from the constructor, if there is a launch that programs can't have.
+        CannotRecord: from the constructor, if there is a launch that programs can't have, or if
+            the launches don't all compute in the same dtype.
     """
 
     def __init__(self, launches: Sequence[Launch]) -> None:
         rows = np.zeros((len(launches) + 1, WIDTH), np.int64)
         for row, launch in zip(rows, launches, strict=False):
-            numbers = [_bits(x) for x in launch.numbers if not isinstance(x, np.generic)]
-            tags = {type(x) for x in launch.numbers if isinstance(x, np.generic)}
-            if launch.name not in _CODES or not tags <= {np.uint16, np.int8, np.uint8}:
+            if launch.name not in _CODES:
                 raise CannotRecord(launch.name)
+            numbers = [_bits(x) for x in launch.numbers if not isinstance(x, np.generic)]
             row[: 2 + len(numbers)] = [_CODES[launch.name], launch.num_rows, *numbers]
+        self._element = _element_of(launches)
         self._rows = rows  # the last one is the barrier
         self.names = [launch.name for launch in launches]
 
@@ -310,7 +320,19 @@ class Program:
         table = self._rows.ctypes.data
         barrier = table + 8 * WIDTH * len(self.names)
         count = (len(self.names) if last is None else last) - first
-        _run(table + 8 * WIDTH * first, count, barrier, _num_threads())
+        _run(self._element, table + 8 * WIDTH * first, count, barrier, _num_threads())
+
+
+def _element_of(launches: Sequence[Launch]) -> np.generic:
+    """What all launches compute in. Of those with weights the first tag is the weights' kind."""
+    elements: dict[type, np.generic] = {}
+    for launch in launches:
+        tags = [x for x in launch.numbers if isinstance(x, np.generic)]
+        for tag in tags[launch.name.startswith(("multiply", "unpack")) :]:
+            elements[type(tag)] = tag
+    if len(elements) != 1:
+        raise CannotRecord(f"launches in {len(elements)} dtypes")
+    return elements.popitem()[1]
 
 
 def _bits(number: float) -> int:

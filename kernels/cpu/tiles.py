@@ -1,11 +1,13 @@
 """Products of tiles: R rows of x times 64 columns of w, one word of each at a time.
 
-A *word* is four bytes of a row or column: two values in bfloat16, four in int8, eight in int4. With
+A *word* is four bytes of a row or column: two values in bfloat16, four in int8, eight in int4; of
+rows in float32 two words go with one of weights in bfloat16. With
 6 rows that is 4 loads of w and 6 broadcasts of x for 24 instructions that multiply and add, so that
-loads don't hold them up.
+loads don't hold them up. Where registers are fewer or shorter than AVX-512's such a tile has 16
+columns, at the same places.
 
-`vdpbf16ps` and `vpdpbusd` do one word of 16 columns in one instruction. Where they are missing, the
-same is put together of shifts and products that every CPU has.
+`vdpbf16ps` and `vpdpbusd` do one word of 16 columns in one instruction, AVX-VNNI in two. Where they
+are missing, the same is put together of shifts and products that every CPU has.
 
 w is unsigned and x signed, as the instruction wants them. Words of 64 columns stand together:
 
@@ -25,6 +27,7 @@ NUM_COLUMNS = 4  # lanes next to each other: 64 columns
 WORD_BYTES = 4
 TILE_BYTES = 256  # one word of all columns
 
+_HAS_DOT_OF_BYTES = has_feature("avx512vnni") or has_feature("avxvnni")
 _BFLOATS = ir.VectorType(vector._BFloat(), 32)
 
 
@@ -36,11 +39,11 @@ def _at(builder: Any, address: Any, num_bytes: int) -> Any:
     return builder.add(address, ir.Constant(vector._I64, num_bytes))
 
 
-def _words(builder: Any, address: Any) -> list[Any]:
-    """The same word of 64 columns, as 4 × 16 int32."""
+def _words(builder: Any, address: Any, tile: Tile) -> list[Any]:
+    """The same word of a tile's columns, as 16 int32 each."""
     return [
         vector._load(builder, _at(builder, address, 64 * c), vector._INTS, 4)
-        for c in range(NUM_COLUMNS)
+        for c in range(tile.num_columns)
     ]
 
 
@@ -49,18 +52,20 @@ def _row_word(builder: Any, address: Any, pitch: Any, row: int) -> Any:
     return vector._splat(builder, word, vector._INTS)
 
 
+def _widened(builder: Any, words: Any) -> tuple[Any, Any]:
+    """The two bfloat16 of words, as float lanes."""
+    low = builder.shl(words, vector._all(vector._INTS, 16))
+    high = builder.and_(words, vector._all(vector._INTS, 0xFFFF0000))
+    return builder.bitcast(low, vector._FLOATS), builder.bitcast(high, vector._FLOATS)
+
+
 def _dot_bfloat(builder: Any, sums: Any, w: Any, x: Any) -> Any:
     if has_feature("avx512bf16"):
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
         operands = (builder.bitcast(w, _BFLOATS), builder.bitcast(x, _BFLOATS))
         return vector._call(builder, name, vector._FLOATS, sums, *operands)
 
-    def halves(words: Any) -> tuple[Any, Any]:
-        low = builder.shl(words, vector._all(vector._INTS, 16))
-        high = builder.and_(words, vector._all(vector._INTS, 0xFFFF0000))
-        return builder.bitcast(low, vector._FLOATS), builder.bitcast(high, vector._FLOATS)
-
-    for left, right in zip(halves(w), halves(x), strict=True):
+    for left, right in zip(_widened(builder, w), _widened(builder, x), strict=True):
         sums = vector._call(builder, "llvm.fma.v16f32", vector._FLOATS, left, right, sums)
     return sums
 
@@ -70,6 +75,14 @@ def _dot_bytes(builder: Any, sums: Any, w: Any, x: Any) -> Any:
         operands = (builder.bitcast(w, vector._BYTES), builder.bitcast(x, vector._BYTES))
         name = "llvm.x86.avx512.vpdpbusd.512"
         return vector._call(builder, name, vector._INTS, sums, *operands)
+    if has_feature("avxvnni"):
+
+        def add_products(sums_8: Any, w_8: Any, x_8: Any) -> Any:
+            operands = builder.bitcast(w_8, _HALF_BYTES), builder.bitcast(x_8, _HALF_BYTES)
+            name = "llvm.x86.avx512.vpdpbusd.256"
+            return vector._call(builder, name, _HALF_INTS, sums_8, *operands)
+
+        return _by_halves(builder, add_products, sums, w, x)
     eight = vector._all(vector._SHORTS, 8)
     w16, x16 = builder.bitcast(w, vector._SHORTS), builder.bitcast(x, vector._SHORTS)
     low_bytes = vector._all(vector._SHORTS, 0xFF)
@@ -78,6 +91,34 @@ def _dot_bytes(builder: Any, sums: Any, w: Any, x: Any) -> Any:
     for left, right in (even, odd):
         sums = builder.add(sums, _pair_products(builder, left, right))
     return sums
+
+
+_HALF_INTS = ir.VectorType(vector._I32, 8)
+_HALF_SHORTS, _HALF_BYTES = ir.VectorType(vector._I16, 16), ir.VectorType(vector._I8, 32)
+
+
+def _by_halves(builder: Any, operation: Any, *lanes: Any) -> Any:
+    """An operation of eight lanes on sixteen, for instructions that AVX2 has."""
+    undefined = ir.Constant(vector._INTS, ir.Undefined)
+    halves = []
+    for first in (0, 8):
+        places = ir.Constant(_HALF_INTS, list(range(first, first + 8)))
+        halves.append(operation(*(builder.shuffle_vector(v, undefined, places) for v in lanes)))
+    return builder.shuffle_vector(*halves, ir.Constant(vector._INTS, list(range(16))))
+
+
+def _dot_nibbles(builder: Any, sums: Any, w: Any, x: Any) -> Any:
+    """As `_dot_bytes` for w from 0 to 15, perhaps with two sums in each lane: see `whole_sums`."""
+    if _HAS_DOT_OF_BYTES or not has_feature("avx2"):
+        return _dot_bytes(builder, sums, w, x)
+
+    def add_pairs(sums_8: Any, w_8: Any, x_8: Any) -> Any:
+        operands = builder.bitcast(w_8, _HALF_BYTES), builder.bitcast(x_8, _HALF_BYTES)
+        pairs = vector._call(builder, "llvm.x86.avx2.pmadd.ub.sw", _HALF_SHORTS, *operands)
+        total = builder.add(builder.bitcast(sums_8, _HALF_SHORTS), pairs)
+        return builder.bitcast(total, _HALF_INTS)
+
+    return _by_halves(builder, add_pairs, sums, w, x)
 
 
 def _pair_products(builder: Any, left: Any, right: Any) -> Any:
@@ -95,16 +136,26 @@ def _pair_products(builder: Any, left: Any, right: Any) -> Any:
 
 
 @intrinsic(prefer_literal=True)
-def zero_tile(typing: Any, num_rows: Any) -> Any:
-    """A float tile of a constant number of rows."""
-    if not isinstance(num_rows, types.IntegerLiteral):
+def zero_tile(typing: Any, num_rows: Any, num_columns: Any) -> Any:
+    """A float tile of constant numbers of rows and of lanes beside each other."""
+    if not all(isinstance(number, types.IntegerLiteral) for number in (num_rows, num_columns)):
         return None
-    tile = Tile(True, num_rows.literal_value, NUM_COLUMNS)
+    tile = Tile(True, num_rows.literal_value, num_columns.literal_value)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return ir.Constant(context.get_value_type(tile), None)
 
-    return tile(num_rows), generate
+    return tile(num_rows, num_columns), generate
+
+
+@intrinsic
+def columns_of(typing: Any, tile: Any) -> Any:
+    """How many lanes a tile has beside each other."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return ir.Constant(vector._I64, tile.num_columns)
+
+    return types.int64(tile), generate
 
 
 @intrinsic
@@ -124,7 +175,7 @@ def _add_products(
     for row in range(tile.num_rows):
         x_word = _row_word(builder, x, x_pitch, row)
         for column, word in enumerate(words):
-            place = row * NUM_COLUMNS + column
+            place = row * tile.num_columns + column
             value = dot(builder, builder.extract_value(sums, place), word, x_word)
             sums = builder.insert_value(sums, value, place)
     return sums
@@ -135,7 +186,7 @@ def _dot(product: Any) -> Any:
     def dot(typing: Any, sums: Any, w: Any, x: Any, x_pitch: Any) -> Any:
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             sums_, w_, x_, pitch = arguments
-            words = _words(builder, w_)
+            words = _words(builder, w_, sums)
             return _add_products(builder, signature.return_type, sums_, words, x_, pitch, product)
 
         return sums(sums, w, x, x_pitch), generate
@@ -148,29 +199,72 @@ dot_int8 = _dot(_dot_bytes)
 
 
 @intrinsic
-def dot_int4(typing: Any, sums: Any, w: Any, x: Any, x_pitch: Any) -> Any:
-    """Two words of x: the first against the low halves of w's bytes, the second the high ones."""
+def dot_bf16_f32(typing: Any, sums: Any, w: Any, x: Any, x_pitch: Any) -> Any:
+    """A word of w, two bfloat16, against two float32 of x."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums_, w_, x_, pitch = arguments
-        mask, four = vector._all(vector._INTS, 0x0F0F0F0F), vector._all(vector._INTS, 4)
-        words = _words(builder, w_)
-        low = [builder.and_(word, mask) for word in words]
-        high = [builder.and_(builder.lshr(word, four), mask) for word in words]
-        tile = signature.return_type
-        sums_ = _add_products(builder, tile, sums_, low, x_, pitch, _dot_bytes)
-        second = _at(builder, x_, WORD_BYTES)
-        return _add_products(builder, tile, sums_, high, second, pitch, _dot_bytes)
+        halves = zip(*(_widened(builder, word) for word in _words(builder, w_, sums)), strict=True)
+        for half, columns in enumerate(halves):
+            for row in range(sums.num_rows):
+                value = _row_value(builder, _at(builder, x_, 4 * half), pitch, row)
+                for column, weights in enumerate(columns):
+                    place = row * sums.num_columns + column
+                    old = builder.extract_value(sums_, place)
+                    operands = (weights, value, old)
+                    new = vector._call(builder, "llvm.fma.v16f32", vector._FLOATS, *operands)
+                    sums_ = builder.insert_value(sums_, new, place)
+        return sums_
 
     return sums(sums, w, x, x_pitch), generate
 
 
-def _column_values(context: Any, builder: Any, element: types.Type, address: Any) -> list[Any]:
-    """64 neighbouring elements as float lanes."""
+@intrinsic
+def dot_int4(typing: Any, sums: Any, w: Any, x: Any, x_pitch: Any) -> Any:
+    """Two words of x: the first against the low halves of w's bytes, the second the high ones.
+
+    The sums are to be taken from `whole_sums`.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums_, w_, x_, pitch = arguments
+        mask, four = vector._all(vector._INTS, 0x0F0F0F0F), vector._all(vector._INTS, 4)
+        words = _words(builder, w_, sums)
+        low = [builder.and_(word, mask) for word in words]
+        high = [builder.and_(builder.lshr(word, four), mask) for word in words]
+        tile = signature.return_type
+        sums_ = _add_products(builder, tile, sums_, low, x_, pitch, _dot_nibbles)
+        second = _at(builder, x_, WORD_BYTES)
+        return _add_products(builder, tile, sums_, high, second, pitch, _dot_nibbles)
+
+    return sums(sums, w, x, x_pitch), generate
+
+
+@intrinsic
+def whole_sums(typing: Any, sums: Any) -> Any:
+    """What `dot_int4` has summed up, in up to eight words of w: 16 bits hold no more."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        sums_ = arguments[0]
+        if _HAS_DOT_OF_BYTES or not has_feature("avx2"):
+            return sums_
+        sixteen = vector._all(vector._INTS, 16)
+        for place in range(sums.count):
+            pair = builder.extract_value(sums_, place)
+            low = builder.ashr(builder.shl(pair, sixteen), sixteen)
+            whole = builder.add(low, builder.ashr(pair, sixteen))
+            sums_ = builder.insert_value(sums_, whole, place)
+        return sums_
+
+    return sums(sums), generate
+
+
+def _column_values(builder: Any, element: types.Type, address: Any, tile: Tile) -> list[Any]:
+    """As many neighbouring elements as a tile has columns, as float lanes."""
     kind = vector._stored_kind(element)
     size = 4 if kind == vector._F32 else 2
     values = []
-    for column in range(NUM_COLUMNS):
+    for column in range(tile.num_columns):
         start = _at(builder, address, 16 * size * column)
         value = vector._load(builder, start, ir.VectorType(kind, 16), size)
         values.append(value if size == 4 else builder.fpext(value, vector._FLOATS))
@@ -190,11 +284,11 @@ def add_scaled(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile_, sums_, _, scales_, factors_, pitch_ = arguments
-        columns = _column_values(context, builder, signature.args[2], scales_)
+        columns = _column_values(builder, signature.args[2], scales_, tile)
         for row in range(tile.num_rows):
             factor = _row_value(builder, factors_, pitch_, row)
             for column, scale in enumerate(columns):
-                place = row * NUM_COLUMNS + column
+                place = row * tile.num_columns + column
                 value = builder.sitofp(builder.extract_value(sums_, place), vector._FLOATS)
                 scaled = builder.fmul(value, scale)
                 old = builder.extract_value(tile_, place)
@@ -213,11 +307,11 @@ def subtract_outer(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile_, _, columns_, factors_, pitch_ = arguments
-        values = _column_values(context, builder, signature.args[1], columns_)
+        values = _column_values(builder, signature.args[1], columns_, tile)
         for row in range(tile.num_rows):
             factor = builder.fneg(_row_value(builder, factors_, pitch_, row))
             for column, value in enumerate(values):
-                place = row * NUM_COLUMNS + column
+                place = row * tile.num_columns + column
                 old = builder.extract_value(tile_, place)
                 new = vector._call(builder, "llvm.fma.v16f32", vector._FLOATS, value, factor, old)
                 tile_ = builder.insert_value(tile_, new, place)
@@ -234,8 +328,8 @@ def add_weighted(typing: Any, tile: Any, sums: Any, factors: Any, pitch: Any) ->
         tile_, sums_, factors_, pitch_ = arguments
         for row in range(tile.num_rows):
             factor = _row_value(builder, factors_, pitch_, row)
-            for column in range(NUM_COLUMNS):
-                place = row * NUM_COLUMNS + column
+            for column in range(tile.num_columns):
+                place = row * tile.num_columns + column
                 value = builder.sitofp(builder.extract_value(sums_, place), vector._FLOATS)
                 old = builder.extract_value(tile_, place)
                 new = vector._call(builder, "llvm.fma.v16f32", vector._FLOATS, value, factor, old)
@@ -251,10 +345,10 @@ def scale_columns(typing: Any, tile: Any, scales: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         tile_, scales_ = arguments
-        columns = _column_values(context, builder, types.float32, scales_)
+        columns = _column_values(builder, types.float32, scales_, tile)
         for row in range(tile.num_rows):
             for column, scale in enumerate(columns):
-                place = row * NUM_COLUMNS + column
+                place = row * tile.num_columns + column
                 value = builder.fmul(builder.extract_value(tile_, place), scale)
                 tile_ = builder.insert_value(tile_, value, place)
         return tile_
@@ -272,8 +366,8 @@ def negative_sums(typing: Any, tile: Any, rows: Any, pitch: Any) -> Any:
         sums_ = ir.Constant(context.get_value_type(sums), None)
         for row in range(tile.num_rows):
             value = builder.neg(_row_word(builder, rows_, pitch_, row))
-            for column in range(NUM_COLUMNS):
-                sums_ = builder.insert_value(sums_, value, row * NUM_COLUMNS + column)
+            for column in range(tile.num_columns):
+                sums_ = builder.insert_value(sums_, value, row * tile.num_columns + column)
         return sums_
 
     return sums(tile, rows, pitch), generate
@@ -281,7 +375,7 @@ def negative_sums(typing: Any, tile: Any, rows: Any, pitch: Any) -> Any:
 
 @intrinsic
 def store_tile(typing: Any, element: Any, y: Any, y_pitch: Any, tile: Any) -> Any:
-    """Round a tile to its rows of 64 elements, `y_pitch` bytes apart."""
+    """Round a tile to its rows of elements, `y_pitch` bytes apart."""
     kind = vector._stored_kind(element)
     size = 4 if kind == vector._F32 else 2
 
@@ -289,8 +383,8 @@ def store_tile(typing: Any, element: Any, y: Any, y_pitch: Any, tile: Any) -> An
         _, y_, pitch, tile_ = arguments
         for row in range(tile.num_rows):
             start = _offset(builder, y_, pitch, row)
-            for column in range(NUM_COLUMNS):
-                value = builder.extract_value(tile_, row * NUM_COLUMNS + column)
+            for column in range(tile.num_columns):
+                value = builder.extract_value(tile_, row * tile.num_columns + column)
                 if size == 2:
                     value = vector._narrowed(builder, value, kind)
                 place = _at(builder, start, 16 * size * column)

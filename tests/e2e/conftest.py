@@ -1,5 +1,6 @@
 """Tiny random checkpoints of every Gemma shape, saved by transformers, with its greedy answers."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,12 +143,16 @@ class TinyCheckpoint:
             return self.model(torch.tensor([token_ids]), use_cache=False).logits[0]
 
 
+def _weights(model: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    """What a checkpoint stores, buffers too."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [(n, tensor) for n, tensor in tensors if "inv_freq" not in n and "embed_scale" not in n]
+
+
 def randomize(model: PreTrainedModel, seed: int) -> None:
     """Weights whose effects are all visible: no ones, no zeros, logits far apart."""
     generator = torch.Generator().manual_seed(seed)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if "inv_freq" in name or "embed_scale" in name:
-            continue
+    for name, tensor in _weights(model):
         if tensor.dim() > 1:
             tensor.data.normal_(0, tensor.shape[-1] ** -0.5, generator=generator)
         elif "norm" in name and isinstance(model, Gemma3ForCausalLM):
@@ -167,12 +172,20 @@ def tiny(
     return make_tiny(request.param, tmp_path_factory.mktemp("tiny") / request.param)
 
 
-def make_tiny(name: str, path: Path) -> TinyCheckpoint:
+@pytest.fixture(params=["31B", "E2B", "gemma3", "untied-no-softcap"])
+def tiny_in_bfloat16(request: pytest.FixtureRequest, tmp_path: Path) -> TinyCheckpoint:
+    """Stored so; the answers are those of float32 all the same."""
+    return make_tiny(request.param, tmp_path / request.param, torch.bfloat16)
+
+
+def make_tiny(name: str, path: Path, stored: torch.dtype = torch.float32) -> TinyCheckpoint:
     config = CONFIGS[name]()
     family = Gemma3ForCausalLM if name.startswith("gemma3") else Gemma4ForCausalLM
     model = family._from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
     randomize(model, seed=len(name))
-    model.save_pretrained(path)
+    for _, tensor in _weights(model):
+        tensor.data.copy_(tensor.to(stored))
+    copy.deepcopy(model).to(stored).save_pretrained(path)
     generator = torch.Generator().manual_seed(7)
     prompts = [
         torch.randint(3, VOCAB, (length,), generator=generator).tolist()

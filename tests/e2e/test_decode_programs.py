@@ -48,7 +48,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     family = Gemma3ForCausalLM if request.param == "gemma3" else Gemma4ForCausalLM
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp(request.param)
-    family(config).save_pretrained(path)
+    family(config).to(torch.bfloat16).save_pretrained(path)
     return path
 
 
@@ -80,9 +80,10 @@ def outputs(
         return engine.generate(prompts, params), logits
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
-def test_recorded_steps_are_the_same_steps(checkpoint: Path, quantization: str) -> None:
-    settings = dict(dtype="bfloat16", quantization=quantization)
+def test_recorded_steps_are_the_same_steps(checkpoint: Path, quantization: str, dtype: str) -> None:
+    settings = dict(dtype=dtype, quantization=quantization)
     eager = engine_for(checkpoint, enforce_eager=True, **settings)
     recorded = engine_for(checkpoint, **settings)
     prompts = prompts_of(PROMPT_LENGTHS)

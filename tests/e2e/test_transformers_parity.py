@@ -8,6 +8,7 @@ import torch
 from bezel.engine.config import EngineConfig
 from bezel.engine.core import Engine
 from bezel.engine.sampling_params import SamplingParams
+from bezel.kernels.packed import PackedWeight
 
 NUM_OUTPUT_TOKENS = 10
 GREEDY = SamplingParams(max_tokens=NUM_OUTPUT_TOKENS, temperature=0.0)
@@ -65,6 +66,15 @@ def test_sixteen_at_once_in_chunks(tiny: Any, device: str, chunk: int) -> None:
 def test_small_budget_mixes_chunks_and_decodes(tiny: Any, device: str) -> None:
     engine = RecordingEngine(tiny.path, device=device, max_num_batched_tokens=24, max_num_seqs=24)
     assert_equal_to_transformers(engine, tiny, list(range(15, -1, -1)))
+
+
+def test_weights_that_are_stored_in_bfloat16(tiny_in_bfloat16: Any, device: str) -> None:
+    """A model of float32 keeps them so, and computes in float32."""
+    tiny = tiny_in_bfloat16
+    engine = RecordingEngine(tiny.path, device=device, long_prefill_token_threshold=64)
+    assert_equal_to_transformers(engine, tiny, list(range(16)))
+    if device == "cpu":
+        assert isinstance(engine.runner.model.layers[0].mlp.gate_up_proj.weight, PackedWeight)
 
 
 def test_preempted_and_recomputed(tiny: Any, device: str) -> None:

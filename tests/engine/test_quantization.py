@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import save_file
 
 from bezel.engine.checkpoint import Checkpoint
 from bezel.engine.config import EngineConfig
@@ -16,7 +17,7 @@ from bezel.engine.model_config import ModelConfig
 from bezel.engine.models.decoder import Decoder
 from bezel.engine.models.registry import build_model
 from bezel.engine.planning.published import PUBLISHED
-from bezel.engine.quantization import choose_formats, stored_types
+from bezel.engine.quantization import choose_formats, stored_in_bfloat16, stored_types
 from bezel.kernels.packed import WeightFormat
 
 INT8, INT4 = WeightFormat.INT8, WeightFormat.INT4
@@ -158,4 +159,26 @@ def test_the_types_a_file_stores(write_gguf: Callable[..., Path]) -> None:
         "layers.1.self_attn.q_proj.weight": (Kind.F32,),
         "layers.1.experts.gate_up_proj": (Kind.Q5_0, Kind.Q4_0),
     }
-    assert stored_types(Checkpoint(path.parent, "safetensors", "x", {}, {})) == {}
+
+
+def test_the_types_a_directory_stores(tmp_path: Path) -> None:
+    tensors = {
+        "model.language_model.layers.0.self_attn.q_proj.weight": torch.zeros(2, dtype=torch.half),
+        "model.norm.weight": torch.zeros(2, dtype=torch.bfloat16),
+        "lm_head.weight": torch.zeros(2),
+    }
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert stored_types(Checkpoint(tmp_path, "safetensors", "x", {}, {})) == {
+        Q: (Kind.F16,),
+        "norm.weight": (Kind.BF16,),
+        "lm_head.weight": (Kind.F32,),
+    }
+
+
+def test_what_is_stored_in_bfloat16_stays_so() -> None:
+    model = decoder("gemma-3-270m", intermediate_size=2056)  # of 16 as much as of nothing
+    gate, up, down = (f"layers.0.mlp.{name}_proj.weight" for name in ("gate", "up", "down"))
+    stored = {Q: (Kind.BF16,), K: (Kind.BF16,), V: (Kind.BF16,), gate: (Kind.BF16,)}
+    stored |= {up: (Kind.F16,), down: (Kind.BF16,), "norm.weight": (Kind.BF16,)}
+    # Half of gate_up_proj would lose bits, and down_proj has rows that don't fit.
+    assert stored_in_bfloat16(model, stored) == {QKV: WeightFormat.BFLOAT16}

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bezel.engine.config import EngineConfig
 from bezel.engine.errors import CheckpointError
@@ -86,6 +87,20 @@ def test_the_default_model_is_packed_as_its_file_stores_it() -> None:
     assert format_choice(EngineConfig(), True)(model) == {}
     published = format_choice(EngineConfig(model="gemma-4-E2B", quantization="int8"), False)
     assert len(published(model)) == 1 + 4 * 18
+
+
+def test_in_float32_a_cpu_keeps_what_is_stored_in_bfloat16(folder: Path) -> None:
+    def kept(model: str, is_gpu: bool = False) -> set[str]:
+        formats = format_choice(EngineConfig(model=model), is_gpu)(of_float32)
+        return {format.value for format in formats.values()}
+
+    of_float32 = build_model(SHAPE, torch.float32, torch.device("meta"))
+    assert kept("gemma-4-E2B") == kept(str(folder)) == {"bfloat16"}  # as all that are published
+    assert kept("gemma-4-E2B", is_gpu=True) == set()
+    for dtype, formats in ((torch.float32, set()), (torch.bfloat16, {"bfloat16"})):
+        weight = torch.zeros(2, 2, dtype=dtype)
+        save_file({"model.embed_tokens.weight": weight}, folder / "model.safetensors")
+        assert kept(str(folder)) == formats
 
 
 @pytest.mark.parametrize(

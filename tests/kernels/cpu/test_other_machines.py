@@ -9,16 +9,17 @@ import pytest
 from bezel.kernels.cpu.lanes import has_feature
 
 # Numba reads these when it is imported, so it takes a process of its own.
-HASWELL = {
-    "NUMBA_CPU_NAME": "haswell",
-    "NUMBA_CPU_FEATURES": "+avx2,+avx,+fma,+f16c,+bmi,+bmi2,+sse4.2,+ssse3",
+AVX2 = "+avx2,+avx,+fma,+f16c,+bmi,+bmi2,+sse4.2,+ssse3"
+MACHINES = {
+    "haswell": {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": AVX2},
+    "alderlake": {"NUMBA_CPU_NAME": "alderlake", "NUMBA_CPU_FEATURES": f"{AVX2},+avxvnni"},
 }
 SCRIPT = """
 import torch
 from bezel.kernels.cpu.jit import plain_torch
 from bezel.kernels.decode_attention import decode_attention
 from bezel.kernels.linear import linear
-from bezel.kernels.packed import WeightFormat, pack_weight
+from bezel.kernels.packed import Int4Values, WeightFormat, pack_weight
 from bezel.kernels.rms_norm import rms_norm
 
 torch.manual_seed(0)
@@ -35,8 +36,14 @@ def both(compute):
 weight = torch.randn(128, 256)
 for format in WeightFormat:
     packed = pack_weight(weight, format)
-    x = torch.randn(7, 256).bfloat16()
-    both(lambda: linear(x, packed, torch.float32))
+    for dtype in (torch.bfloat16, torch.float32):
+        for num_rows in (10, 11):  # tiles of six, three, two rows and of one
+            x = torch.randn(num_rows, 256).to(dtype)
+            both(lambda: linear(x, packed, torch.float32))
+codes = torch.full((64, 64), 15, dtype=torch.uint8)  # the largest sums
+most = pack_weight(Int4Values(codes, torch.ones(64, 2), torch.zeros(64, 2)), WeightFormat.INT4)
+for x in (torch.ones(3, 64), -torch.ones(3, 64)):
+    both(lambda: linear(x, most))
 x, scale = torch.randn(3, 256).bfloat16(), torch.rand(256)
 both(lambda: rms_norm(x, scale, 1e-6))
 q = torch.randn(2, 4, 64).bfloat16()
@@ -46,12 +53,14 @@ both(lambda: decode_attention(q, k, v, table, lengths, 0.125, None, 64, 1))
 """
 
 
-@pytest.mark.skipif(not has_feature("avx2"), reason="needs what it pretends to be")
-def test_kernels_without_avx512(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("machine", "feature"), [("haswell", "avx2"), ("alderlake", "avxvnni")])
+def test_kernels_without_avx512(machine: str, feature: str, tmp_path: Path) -> None:
+    if not has_feature(feature):
+        pytest.skip("needs what it pretends to be")
     command = [sys.executable, "-c", SCRIPT]
     done = subprocess.run(
         command,
-        env=HASWELL | {"HOME": str(tmp_path)},
+        env=MACHINES[machine] | {"HOME": str(tmp_path)},
         capture_output=True,
         text=True,
         timeout=300,
@@ -59,5 +68,5 @@ def test_kernels_without_avx512(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-2000:]
     errors = list(map(float, done.stdout.split()))
-    assert len(errors) == 5 and max(errors) < 1e-2
-    assert max(errors[:3]) < 2e-4  # products, in float32
+    assert len(errors) == 16 and max(errors) < 1e-2
+    assert max(errors[:14]) < 2e-4  # products, in float32
