@@ -68,5 +68,6 @@ def test_kernels_without_avx512(machine: str, feature: str, tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr[-2000:]
     errors = list(map(float, done.stdout.split()))
-    assert len(errors) == 16 and max(errors) < 1e-2
-    assert max(errors[:14]) < 2e-4  # products, in float32
+    assert len(errors) == 16
+    assert all(error < 2e-4 for error in errors[:14])  # products, in float32; none is NaN
+    assert all(error < 1e-2 for error in errors[14:])

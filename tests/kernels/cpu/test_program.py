@@ -24,14 +24,15 @@ def weights() -> tuple[list, torch.Tensor]:  # type: ignore[type-arg]
     return matrices, torch.rand(DIM, generator=generator) + 0.5
 
 
-def test_a_program_computes_what_its_launches_do() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_program_computes_what_its_launches_do(dtype: torch.dtype) -> None:
     (wide, middle, last), norm = weights()
 
     def compute(x: torch.Tensor) -> torch.Tensor:
         hidden = gelu_mul(linear(rms_norm(x, norm, 1e-6), wide))
         return linear(linear(hidden, middle), last)
 
-    x = torch.empty(3, DIM, dtype=torch.bfloat16)
+    x = torch.empty(3, DIM, dtype=dtype)
     with Recording(Arena(1 << 24)) as recording:
         y = compute(x)
     program = Program(recording.launches)
@@ -63,6 +64,15 @@ def test_what_python_has_to_do_ends_a_recording() -> None:
         torch.ones(4).sort()
     with pytest.raises(CannotRecord):
         Program([Launch("unheard of", 1, ())])
+
+
+def test_a_program_is_of_one_dtype() -> None:
+    wide = weights()[0][0]
+    with Recording(Arena(1 << 24)) as recording:
+        for dtype in (torch.bfloat16, torch.float32):
+            linear(torch.empty(3, DIM, dtype=dtype), wide)
+    with pytest.raises(CannotRecord):
+        Program(recording.launches)
 
 
 def test_threads_meet() -> None:
