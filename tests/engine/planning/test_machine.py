@@ -18,7 +18,7 @@ from bezel.engine.planning import machine
 from bezel.engine.planning.machine import plan_of, plan_to_serve
 from bezel.engine.planning.published import PUBLISHED
 from bezel.engine.planning.report import gist
-from bezel.engine.quantization import choose_formats
+from bezel.engine.quantization import bfloat16_matrices, choose_formats
 from bezel.kernels.packed import PackedWeight, WeightFormat
 
 SHAPE = ModelConfig.from_hf(PUBLISHED["gemma-4-E2B"])
@@ -57,26 +57,29 @@ def test_a_gpu_that_is_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("quantization", ["none", "int4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_a_running_engine_says_what_its_plan_said(
-    monkeypatch: pytest.MonkeyPatch, quantization: str
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, quantization: str
 ) -> None:
     """The arena and the longest sequence as the runner computes them, weights as they are."""
     monkeypatch.setattr(memory, "_available_cpu_bytes", lambda: 20 * 10**9)
+    name: Any = str(dtype).removeprefix("torch.")
     config = EngineConfig(
-        model="x", device="cpu", dtype="bfloat16", max_num_seqs=9, quantization=quantization
+        model="x", device="cpu", dtype=name, max_num_seqs=9, quantization=quantization
     )
     planned = plan_to_serve(config)
-    model = build_model(SHAPE, torch.bfloat16, torch.device("meta"))
-    for name, format in choose_formats(config, model, False, {}).items():
-        pack(model, name, format)
-    layout = machine.PlannedModel.of("x", SHAPE, block_size=8).layout
+    model = build_model(SHAPE, dtype, torch.device("meta"))
+    formats = bfloat16_matrices(model) | choose_formats(config, model, False, {})
+    for parameter, format in formats.items():
+        pack(model, parameter, format)
+    layout = machine.PlannedModel.of("x", SHAPE, name, block_size=8).layout
     left = DeviceMemory.of(torch.device("cpu")).with_weights(planned.memory.weight_bytes)
-    num_bytes = arena_bytes(config, SHAPE, layout, 2, left)
+    num_bytes = arena_bytes(config, SHAPE, layout, dtype.itemsize, left)
     runner: Any = SimpleNamespace(
         model=model,
         model_config=SHAPE,
         layout=layout,
-        dtype=torch.bfloat16,
+        dtype=dtype,
         device=torch.device("cpu"),
     )
     engine: Any = SimpleNamespace(
