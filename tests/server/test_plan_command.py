@@ -82,7 +82,8 @@ def test_a_dry_run_plans_and_serves_nothing(
     flags = ["--device", "cpu", "--kv-cache-memory-bytes", "1g", "--dtype", "float32"]
     printed = run(capsys, "serve", str(tmp_path), "--dry-run", *flags)
     assert served == []
-    assert printed.startswith(f"{tmp_path.name}: 0.27 billion parameters in float32")
+    kept = "bfloat16 (100%), else float32"  # as the published weights are stored
+    assert printed.startswith(f"{tmp_path.name}: 0.27 billion parameters in {kept}")
     rows = [line.split() for line in printed.splitlines()]
     assert "On a CPU with" in printed and ["KV", "pages", "1.00"] in [row[:3] for row in rows]
     [line] = [line for line in printed.splitlines() if line.startswith("8,192 ")]
