@@ -27,7 +27,8 @@ NUM_COLUMNS = 4  # lanes next to each other: 64 columns
 WORD_BYTES = 4
 TILE_BYTES = 256  # one word of all columns
 
-_HAS_DOT_OF_BYTES = has_feature("avx512vnni") or has_feature("avxvnni")
+# AVX2 adds products of bytes in 16 bits, which hold those of four bits with eight.
+_SUMS_ARE_PAIRS = has_feature("avx2") and not (has_feature("avx512vnni") or has_feature("avxvnni"))
 _BFLOATS = ir.VectorType(vector._BFloat(), 32)
 
 
@@ -109,7 +110,7 @@ def _by_halves(builder: Any, operation: Any, *lanes: Any) -> Any:
 
 def _dot_nibbles(builder: Any, sums: Any, w: Any, x: Any) -> Any:
     """As `_dot_bytes` for w from 0 to 15, perhaps with two sums in each lane: see `whole_sums`."""
-    if _HAS_DOT_OF_BYTES or not has_feature("avx2"):
+    if not _SUMS_ARE_PAIRS:
         return _dot_bytes(builder, sums, w, x)
 
     def add_pairs(sums_8: Any, w_8: Any, x_8: Any) -> Any:
@@ -246,7 +247,7 @@ def whole_sums(typing: Any, sums: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums_ = arguments[0]
-        if _HAS_DOT_OF_BYTES or not has_feature("avx2"):
+        if not _SUMS_ARE_PAIRS:
             return sums_
         sixteen = vector._all(vector._INTS, 16)
         for place in range(sums.count):
